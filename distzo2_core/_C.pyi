@@ -340,6 +340,12 @@ class CopyEngine:
 
         Call it when the journal lines before `version` are on disk. Blocks in a HostPool do not wait for it.
         """
+    def set_tails(self, num_bytes: collections.abc.Sequence[int]) -> None:
+        """
+        Says how many bytes at the end of each block of a HostPool are only read, and so never stored.
+
+        To be called before blocks are released. Raises ValueError unless there is one for each block, and none is longer.
+        """
     def stats(self) -> dict:
         """
         Counters since the start or reset_stats().

@@ -308,12 +308,13 @@ def materialize(
 ) -> None:
     """Reads packed weights once, applies the updates they have missed, and writes perturbed copies.
 
-    For each element: w is read; for each update in order, a = weight_decay * w (+0 if weight_decay = 0), then
-    a = fma(c * update_scale, z, a) for each term, then w = round(fma(-lr, a, w)), stochastic for 16-bit dtypes; for
+    For each element: w is read; for each update in order, a = weight_decay * w (+0 if weight_decay = 0), then, with an
+    anchor and w0 the weight at the start, a = fma(anchor, w - w0, a), then a = fma(c * update_scale, z, a) for each
+    term, then w = round(fma(-lr, a, w)), stochastic for 16-bit dtypes; for
     each emit, a = w, then a = fma(c * perturb_scale, z, a) for each term, and rne(a), in the segment's out_dtype, is
     written to the emit's buffer at the segment's out_offset. All in float32. A term whose scaled coefficient is 0 is
-    left out. An update with lr = 0, or with weight_decay = 0 and no term left, changes no bit. Every NaN that rounding
-    stores is the canonical one.
+    left out. An update with lr = 0, or with weight_decay = anchor = 0 and no term left, changes no bit. Every NaN that
+    rounding stores is the canonical one.
 
     Args:
         weights: uint8 [num_bytes], contiguous: a packed buffer laid out as `segments` says.
@@ -331,7 +332,7 @@ def materialize(
     Raises:
         TypeError, ValueError: a buffer is not a contiguous uint8 vector, too small, of another device than `weights` or
             of another size than the other outs, misaligned, or overlaps another; a number is out of range or not finite
-            in float32; groups are missing.
+            in float32; groups are missing; a group with an anchor has a segment without weights at the start.
         BackendError: the backend is not there or cannot run on the device.
     """
     if not isinstance(segments, SegmentTable):
@@ -345,6 +346,9 @@ def materialize(
         raise ValueError(
             f"program gives scalars for {program.num_groups} groups, the segments use {segments.num_groups}"
         )
+    compiles = torch.compiler.is_compiling()  # the program's values are not known then
+    if program.num_updates and not compiles and (lacking := program.anchored & segments.unanchored):
+        raise ValueError(f"group {min(lacking)} has an anchor, and a segment without start_offset")
     if len(outs) != program.num_emits:
         raise ValueError(f"there must be one buffer in outs for each emit: {program.num_emits} emits, {len(outs)} outs")
     buffers = [(f"outs[{index}]", out, segments.out_bytes) for index, out in enumerate(outs)]

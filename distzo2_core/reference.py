@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -302,16 +303,28 @@ def perturbed(values: np.ndarray, terms: Sequence[NoiseTerm]) -> np.ndarray:
     return values
 
 
-def is_identity(lr: np.float32, weight_decay: np.float32, terms: Sequence[NoiseTerm]) -> bool:
+def is_identity(
+    lr: np.float32, weight_decay: np.float32, terms: Sequence[NoiseTerm], anchor: np.float32 | int = 0
+) -> bool:
     """Whether an update leaves the weights' bits as they are."""
-    return bool(lr == 0 or (weight_decay == 0 and all(coef == 0 for coef, _ in terms)))
+    return bool(lr == 0 or (weight_decay == anchor == 0 and all(coef == 0 for coef, _ in terms)))
 
 
-def direction(values: np.ndarray, weight_decay: np.float32, terms: Sequence[NoiseTerm]) -> np.ndarray:
-    """weight_decay * w + sum of c * z."""
-    return perturbed(np.zeros_like(values) if weight_decay == 0 else mul(weight_decay, values), terms)
+def direction(
+    values: np.ndarray,
+    weight_decay: np.float32,
+    terms: Sequence[NoiseTerm],
+    anchor: np.float32 | int = 0,
+    starts: np.ndarray | None = None,
+) -> np.ndarray:
+    """weight_decay * w + anchor * (w - w0) + sum of c * z."""
+    total = np.zeros_like(values) if weight_decay == 0 else mul(weight_decay, values)
+    if anchor != 0:
+        with np.errstate(all="ignore"):
+            total = fma(anchor, values - starts, total)
+    return perturbed(total, terms)
 
 
-def updated(values: np.ndarray, lr: np.float32, weight_decay: np.float32, terms: Sequence[NoiseTerm]) -> np.ndarray:
-    """w - lr * (weight_decay * w + sum of c * z), not yet rounded to the weight's dtype."""
-    return fma(-lr, direction(values, weight_decay, terms), values)
+def updated(values: np.ndarray, lr: np.float32, *pulls: Any) -> np.ndarray:
+    """w - lr * direction, not yet rounded to the weight's dtype; `pulls` are what `direction` takes."""
+    return fma(-lr, direction(values, *pulls), values)

@@ -125,17 +125,22 @@ def materialize(
                 first, last = at // scale_group, (at + count - 1) // scale_group + 1
                 units = stored[scale_offset + 4 * first : scale_offset + 4 * last].view(np.float32)
                 units = np.repeat(units, scale_group)[:count]
+            starts = None
+            if scale_offset and not scale_group:
+                start = scale_offset - byte_offset
+                starts = values_of(stored[place.start + start : place.stop + start].view(_STORED[code]), code)
             changed = False
             for (step, first, num), scalars in zip(updates.tolist(), update_groups.numpy(), strict=True):
                 if frozen:
                     break
-                lr, weight_decay, _, update_scale = scalars[group]
+                lr, weight_decay, anchor, update_scale = scalars[group]
                 update_terms = scaled(first, num, update_scale)
-                if is_identity(lr, weight_decay, update_terms):
+                if is_identity(lr, weight_decay, update_terms, anchor):
                     continue
                 values, random16 = values_of(bits, code, units), rounding_bits(seed, step, param, offset, count)
                 if units is None:
-                    bits = round_stochastic(updated(values, lr, weight_decay, update_terms), random16, code)
+                    values = updated(values, lr, weight_decay, update_terms, anchor, starts)
+                    bits = round_stochastic(values, random16, code)
                 else:
                     changes = mul(-lr, direction(values, weight_decay, update_terms))
                     bits = step_codes(bits, changes, units, random16, code)

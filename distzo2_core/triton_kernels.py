@@ -143,6 +143,7 @@ def materialize_kernel(
     WRITE_BACK: tl.constexpr,
     NUM_EMITS: tl.constexpr,
     LOW_RANK: tl.constexpr,
+    ANCHORED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One tile of one segment.
@@ -151,7 +152,8 @@ def materialize_kernel(
         out i. Two emits have the same terms but for the coefficients, so that each noise is made once.
     segments: int64 [S, 11]: first tile, first element in the buffer, numel, param, element_offset, group, first element
         in the outs, which is read where it is MOVED from that of the buffer; of codes the first scale, as float32s of
-        the buffer, and the binary logarithm of how many elements share one; rows and cols, for LOW_RANK terms.
+        the buffer, and the binary logarithm of how many elements share one; rows and cols, for LOW_RANK terms. Where it
+        is ANCHORED, the first scale is the first element at the start.
     ints: int64: a header (low and high half of the seed, S, U, G); updates [U, 3]; emits [NUM_EMITS, 2]; terms [T, 4].
     floats: float32: update_groups [U, G, 4]; emit_scales [NUM_EMITS, G]; coefs [T].
     """
@@ -188,6 +190,8 @@ def materialize_kernel(
     if CODES:
         scales = weights.to(tl.pointer_type(tl.float32), bitcast=True) + tl.load(segment + 7)
         scale = tl.load(scales + (index >> tl.load(segment + 8)), mask=mask, other=0.0)
+    if ANCHORED:
+        w0 = decode(_load_bits(weights + tl.load(segment + 7) + index, mask, CODE), CODE)
     changed = tile * 0
     rows, cols = tl.load(segment + 9), tl.load(segment + 10)
 
@@ -200,6 +204,9 @@ def materialize_kernel(
         weight_decay = tl.load(scalars + 1)
         update_scale = tl.load(scalars + 3)
         active = weight_decay != 0.0
+        if ANCHORED:
+            anchor = tl.load(scalars + 2)
+            active = active | (anchor != 0.0)
         for t in range(begin, end):
             active = active | (tl.load(coefs + t) * update_scale != 0.0)
         active = active & (lr != 0.0)
@@ -208,6 +215,8 @@ def materialize_kernel(
             if CODES:
                 value = value * scale
             total = tl.where(weight_decay == 0.0, 0.0, weight_decay * value)
+            if ANCHORED:
+                total = tl.where(anchor == 0.0, total, tl.fma(value - w0, anchor, total))
             for t in range(begin, end):
                 coef = tl.load(coefs + t) * update_scale
                 if coef != 0.0:

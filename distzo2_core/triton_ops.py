@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .packed import KINDS_OF
 from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_kernel
 from .triton_packed import decode_kernel
-from .types import CODE_DTYPES, DTYPE_CODES, FROZEN, in_place_ops
+from .types import CODE8, CODE_DTYPES, DTYPE_CODES, FROZEN, in_place_ops
 
 _TILE = 1024  # elements
 _tensor = functools.partial(torch.tensor, device="cpu")  # whatever the default device is
@@ -66,7 +66,8 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
                     offset // CODE_DTYPES[each].itemsize
                     for offset, each in ((byte_offset, code), (out_offset, out_code))
                 )
-                scales = (scaling[0] // 4, max(1, scaling[1]).bit_length() - 1)
+                each = 4 if scaling[1] else CODE_DTYPES[code].itemsize  # without scales it is where w0 begins
+                scales = (scaling[0] // each, max(1, scaling[1]).bit_length() - 1)
                 row = [begin, place, numel, param, element_offset, group - FROZEN, out_place, *scales, *matrix]
                 rows.setdefault(kind, []).append(row)
                 tiles[kind] = begin + _num_tiles(element_offset, numel)
@@ -110,6 +111,7 @@ def materialize(
     # The kernel's first group is that of what is frozen: its rate and its scales are 0.
     update_groups, emit_scales = pad(update_groups, (0, 0, 1, 0)), pad(emit_scales, (1, 0))
     num_groups = update_groups.shape[1] if len(updates) else emit_scales.shape[1]
+    anchored = bool(update_groups[:, :, 2].any())
     for launch in _split_emits(emits.tolist(), terms.tolist()) or [[]]:
         for kind, num_segments, num_tiles, table in _group_segments(segments, weights.device):
             if not launch:
@@ -133,6 +135,7 @@ def materialize(
                     WRITE_BACK=write_back and len(updates) > 0,
                     NUM_EMITS=len(launch),
                     LOW_RANK=bool((terms[:, 0] >= 16).any()),
+                    ANCHORED=anchored and kind.code < CODE8,
                     TILE=_TILE,
                     enable_fp_fusion=False,
                 )

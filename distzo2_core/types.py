@@ -167,16 +167,18 @@ class GroupScalars(NamedTuple):
         weight_decay: pull towards 0, times lr.
         perturb_scale: factor on the coefficients of emits.
         update_scale: factor on the coefficient of each term of an update.
+        anchor: pull towards the weights at the start, w0, times lr.
     """
 
     lr: float
     weight_decay: float
     perturb_scale: float = 1.0
     update_scale: float = 1.0
+    anchor: float = 0.0
 
 
 class Update(NamedTuple):
-    """w <- round(w - lr * (weight_decay * w + sum of c * z)).
+    """w <- round(w - lr * (weight_decay * w + anchor * (w - w0) + sum of c * z)).
 
     Attributes:
         step: of the update itself, which the rounding bits are drawn for; terms name their own steps.
@@ -225,6 +227,8 @@ class Segment(NamedTuple):
         scale_group: of codes, how many elements share a scale: 32, 64, 128 or 256. It divides element_offset.
         nonnegative: of float32, whether each update ends with w = max(w, 0), -0 becoming +0 and NaN staying.
         matrices: how many of rows x cols the parameter holds one after another, as one of experts does.
+        start_offset: of a float dtype, where in the buffer the elements' weights at the start lie, which are only read;
+            a multiple of the dtype's size. 0: nowhere, and no update may have an anchor for the group.
     """
 
     byte_offset: int
@@ -241,6 +245,7 @@ class Segment(NamedTuple):
     scale_group: int = 0
     nonnegative: bool = False
     matrices: int = 1
+    start_offset: int = 0
 
 
 class SegmentTable:
@@ -249,10 +254,11 @@ class SegmentTable:
     Attributes:
         segments: the segments as given.
         tensor: int64 [num_segments, 12] on the CPU; columns are byte_offset, numel, dtype code, param, element_offset,
-            group, rows, cols, out_offset, out dtype code, scale_offset, scale_group.
+            group, rows, cols, out_offset, out dtype code, scale_offset (or start_offset), scale_group.
         num_bytes: smallest size of a buffer that holds every segment as it is stored.
         out_bytes: smallest size of a buffer that an emit is written to.
         num_groups: number of groups that updates and emits must give scalars for (largest group index + 1).
+        unanchored: groups with a segment that has no weights at the start.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range, a segment is not aligned to its dtype, lies
@@ -267,6 +273,9 @@ class SegmentTable:
         self.num_groups: int = max((segment.group + 1 for segment in self.segments), default=0)
         stored = [(row[0], row[1] * CODE_DTYPES[row[2]].itemsize, index) for index, row in enumerate(rows)]
         stored += [(row[10], -(-row[1] // row[11]) * 4, index) for index, row in enumerate(rows) if row[11]]
+        started = [(index, row) for index, row in enumerate(rows) if row[10] and not row[11]]
+        stored += [(row[10], row[1] * CODE_DTYPES[row[2]].itemsize, index) for index, row in started]
+        self.unanchored = {each.group for each in self.segments if not each.start_offset} - {FROZEN}
         emitted = [(row[8], row[1] * CODE_DTYPES[row[9]].itemsize, index) for index, row in enumerate(rows)]
         self.num_bytes: int = _check_layout(stored, num_bytes)
         self.out_bytes: int = _check_layout(emitted, None, ", as emitted,")
@@ -298,6 +307,10 @@ def _encode_segment(index: int, segment: Segment) -> list[int]:
     if offset + numel > matrices * rows * max(cols, 1):
         shape = " x ".join(map(str, ((matrices,) if matrices > 1 else ()) + ((rows, cols) if cols else (rows,))))
         raise ValueError(f"{where}elements {offset} to {offset + numel} do not lie in a parameter of {shape} elements")
+    if segment.start_offset:
+        if scales[1] or segment.nonnegative:
+            raise TypeError(f"{where}start_offset is for plain weights, not for codes or nonnegative ones")
+        scales = _check_place(where, "start_offset", segment.start_offset, segment.dtype), 0
     return [byte_offset, numel, code, param, offset, group, rows, cols, out_offset, out_code, *scales]
 
 
@@ -343,7 +356,7 @@ class Program(NamedTuple):
     terms: torch.Tensor  # int64 [T, 4]: family, step, probe, sub
     coefs: torch.Tensor  # float32 [T]
     updates: torch.Tensor  # int64 [U, 3]: step, first_term, num_terms
-    update_groups: torch.Tensor  # float32 [U, G, 4]: lr, weight_decay, perturb_scale, update_scale
+    update_groups: torch.Tensor  # float32 [U, G, 4]: lr, weight_decay, anchor, update_scale
     emits: torch.Tensor  # int64 [E, 2]: first_term, num_terms
     emit_scales: torch.Tensor  # float32 [E, G]
 
@@ -359,6 +372,11 @@ class Program(NamedTuple):
     def num_groups(self) -> int:
         """For how many parameter groups there are scalars."""
         return self.update_groups.shape[1]
+
+    @property
+    def anchored(self) -> set[int]:
+        """The parameter groups that an update pulls towards the weights at the start."""
+        return set(self.update_groups[:, :, 2].any(0).nonzero().flatten().tolist())
 
 
 def encode_program(updates: Sequence[Update], emits: Sequence[Emit], num_groups: int) -> Program:
@@ -472,10 +490,11 @@ def _check_term(where: str, index: int, term: Term) -> tuple[tuple[int, int, int
 
 
 def _check_scalars(where: str, group: int, scalars: GroupScalars) -> tuple[float, ...]:
-    if all(type(value) is float and -_FLOAT32_MAX <= value <= _FLOAT32_MAX for value in scalars):
-        return tuple(scalars)
-    items = GroupScalars(*scalars)._asdict().items()
-    return tuple(check_float(f"{where}, group {group}: {name}", value) for name, value in items)
+    scalars = GroupScalars(*scalars)
+    if not all(type(value) is float and -_FLOAT32_MAX <= value <= _FLOAT32_MAX for value in scalars):
+        items = scalars._asdict().items()
+        scalars = GroupScalars(*(check_float(f"{where}, group {group}: {name}", value) for name, value in items))
+    return scalars.lr, scalars.weight_decay, scalars.anchor, scalars.update_scale
 
 
 def _int64(rows: Sequence[object], shape: tuple[int, ...]) -> torch.Tensor:

@@ -474,6 +474,10 @@ IndexError, and RuntimeError where the block is not acquired or a transfer has f
              R"(Lets blocks with versions up to `version` reach the file (the write-ahead rule).
 
 Call it when the journal lines before `version` are on disk. Blocks in a HostPool do not wait for it.)")
+        .def("set_tails", &CopyEngine::set_tails, py::arg("num_bytes"), Unlocked(),
+             R"(Says how many bytes at the end of each block of a HostPool are only read, and so never stored.
+
+To be called before blocks are released. Raises ValueError unless there is one for each block, and none is longer.)")
         .def("fail", &CopyEngine::fail, py::arg("reason"), Unlocked(),
              "Makes every call that waits, and every later one, raise RuntimeError(reason).")
         .def("drop", &CopyEngine::drop, py::arg("block"), Unlocked(),

@@ -104,6 +104,9 @@ void check(const Materialize& visit) {
                       "segment ", s, ": a scale for ", each, " elements from element ", segment.element_offset);
             check_place("scales of segment", s, (segment.numel + each - 1) / each, 0, at, visit.num_bytes);
             DZO_CHECK(at % 4 == 0, "segment ", s, ": scales at byte ", at);
+        } else {
+            check_place("start of segment", s, segment.numel, segment.dtype, segment.scale_offset, visit.num_bytes,
+                        DType::kNonNegative);
         }
         DZO_CHECK(segment.cols >= 0 && (segment.cols == 0 || segment.rows > 0 || segment.numel == 0), "segment ", s,
                   ": a matrix of ", segment.rows, " x ", segment.cols);

@@ -41,7 +41,8 @@ struct Segment {
     int64_t out_offset = byte_offset;
     int64_t out_dtype = dtype; // none of a stored format
     // Of codes: the scale of the segment's element i is the float32 at weights + scale_offset + 4 * (i / scale_group).
-    // element_offset is a multiple of scale_group.
+    // element_offset is a multiple of scale_group. Of a dtype: w0 of the segment, the weights that an anchor pulls to,
+    // lies at weights + scale_offset as the weights do.
     int64_t scale_offset = 0;
     int64_t scale_group = 0;
 };
@@ -64,7 +65,7 @@ struct Update {
 struct UpdateGroup {
     float lr;
     float weight_decay;
-    float perturb_scale;
+    float anchor; // 0 where a segment of the group has no w0
     float update_scale;
 };
 
@@ -77,8 +78,9 @@ struct Emit {
 // it):
 //   for each update in order, g being the segment's group:
 //       k_j = coefs[j] * update_scale[g]; terms with k_j == 0 are left out
-//       identity, bits untouched, if lr[g] == 0, or weight_decay[g] == 0 and no term is left
-//       a = weight_decay == 0 ? +0 : weight_decay * w;  a = fma(k_j, z_j, a) for each term in order
+//       identity, bits untouched, if lr[g] == 0, or weight_decay[g] == 0 and anchor[g] == 0 and no term is left
+//       a = weight_decay == 0 ? +0 : weight_decay * w;  if anchor != 0: a = fma(anchor, w - w0, a)
+//       a = fma(k_j, z_j, a) for each term in order
 //       w = round(fma(-lr, a, w)), stochastic for bf16 and fp16 with the bits of (seed, update's step, param, element),
 //       rne for fp32; of kNonNegative then w = +0 where w has a sign (a NaN has none)
 //       of codes, w being float(q) * s: q = clamp(q + floor(-lr * a / s + R / 2^16)), each operation rounded, see

@@ -44,7 +44,7 @@ struct PerturbVisit : OneSegmentVisit {
 
 struct UpdateVisit : OneSegmentVisit {
     UpdateVisit(const InPlace& place, float lr, float coef, float weight_decay)
-        : OneSegmentVisit(place, coef), update{place.step, 0, 1}, group{lr, weight_decay, 1.0f, 1.0f} {
+        : OneSegmentVisit(place, coef), update{place.step, 0, 1}, group{lr, weight_decay, 0.0f, 1.0f} {
         visit.updates = &update;
         visit.update_groups = &group;
         visit.num_updates = 1;

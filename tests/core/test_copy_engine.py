@@ -43,6 +43,24 @@ def test_engine_commits_versions_to_a_durable_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_tails_of_blocks_in_memory_are_not_stored(device: str, tmp_path: Path) -> None:
+    ring = Ring("host", tmp_path, device)
+    tails = [70_000, 96, 31_072, 0, 9]
+    for wrong in (tails[:4], [*tails[:4], 99_999 + 1]):
+        with pytest.raises(ValueError, match="expected a tail for each block, and none longer than its block"):
+            ring.engine.set_tails(wrong)
+    ring.engine.set_tails(tails)
+    for block in range(len(SIZES)):
+        ring.change(block, 1)
+    ring.engine.flush()
+    for block, tail in enumerate(tails):
+        end = SIZES[block] - tail
+        assert torch.equal(ring.stored(block)[:end], pattern(block, 1)[:end])
+        assert torch.equal(ring.stored(block)[end:], pattern(block, 0)[end:])
+    assert ring.engine.stats()["bytes_down"] == sum(SIZES) - sum(tails)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_passes_over_all_blocks_keep_every_change(kind: str, device: str, tmp_path: Path) -> None:
     ring = Ring(kind, tmp_path, device)
     num_blocks, num_steps = len(SIZES), 20

@@ -16,6 +16,7 @@ from kernel_cases import (
     BACKENDS,
     CODES,
     DTYPES,
+    anchored_visit,
     assert_same_bits,
     check_in_place,
     check_noise,
@@ -70,6 +71,51 @@ def test_identity_updates_change_no_bit(backend: str, dtype: torch.dtype) -> Non
     for lr, coef, decay in ((0.0, 1.0, 0.1), (-0.0, 1.0, 0.0), (0.1, 0.0, 0.0), (0.1, -0.0, 0.0)):
         got = distzo2_core.update_(weights.clone(), lr, coef, weight_decay=decay, **arguments)
         assert_same_bits(got, weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_anchor_is_plain_arithmetic(backend: str) -> None:
+    """a = fma(anchor, w - w0, decay * w), then the terms; of float32 beside a loop in float64, rounded by NumPy."""
+    rng = np.random.default_rng(0)
+    w, w0 = (torch.from_numpy(rng.standard_normal(300).astype(np.float32)) for _ in range(2))
+    w0[:100] = w[:100]  # these have not moved
+    place = {"seed": 9, "step": 4, "param": 3, "offset": 5, "backend": backend}
+    z = distzo2_core.normal(300, **place, probe=7).double().numpy()
+    for decay, coef in ((0.0, 0.0), (0.0, 0.3), (0.1, 0.3)):
+        buffer = torch.cat([w, w0]).view(torch.uint8)
+        table = SegmentTable([Segment(0, 300, torch.float32, 3, 5, 0, 1, 305, start_offset=1200)])
+        update = Update(4, (GroupScalars(1e-2, decay, anchor=0.5),), (Term(0, 4, 7, 0, coef),))
+        distzo2_core.materialize(buffer, table, seed=9, updates=[update], write_back=True, backend=backend)
+        lr, decay, coef, anchor = (float(np.float32(x)) for x in (1e-2, decay, coef, 0.5))
+        old, start = w.numpy(), w0.numpy()
+        a = np.float32(decay) * old if decay else np.zeros(300, np.float32)
+        a = (anchor * (old - start).astype(np.float64) + a).astype(np.float32)  # exact products and sums, nearly always
+        a = (coef * z + a).astype(np.float32) if coef else a
+        expected = (-lr * a.astype(np.float64) + old).astype(np.float32)
+        got = buffer.view(torch.float32)
+        assert_same_bits(got[:300], torch.from_numpy(expected))
+        assert_same_bits(got[300:], w0)
+        if not decay and not coef:
+            assert_same_bits(got[:100], w[:100])
+
+
+def test_anchors_are_refused_where_there_is_no_start() -> None:
+    segment = Segment(0, 64, torch.float32, 0, 0, 1, 1, 64)
+    update = Update(0, (GroupScalars(0.1, 0.0, anchor=0.0), GroupScalars(0.1, 0.0, anchor=0.5)), ())
+    buffer = torch.zeros(1024, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="group 1 has an anchor, and a segment without start_offset"):
+        distzo2_core.materialize(buffer, SegmentTable([segment]), seed=0, updates=[update], write_back=True)
+    for changes, message in (
+        ({"start_offset": 3}, "segment 0: start_offset 3 is not aligned to torch.float32"),
+        ({"start_offset": 128}, "segments 0 and 0 overlap"),
+        ({"start_offset": 256, "nonnegative": True}, "start_offset is for plain weights"),
+        ({"start_offset": 2048}, "segment 0 ends at byte 2304, beyond the buffer of 1024 bytes"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            SegmentTable([segment._replace(**changes)], 1024)
+    codes = Segment(0, 64, torch.int8, 0, 0, 0, 1, 64, 0, torch.float32, 64, 64, start_offset=256)
+    with pytest.raises(TypeError, match="start_offset is for plain weights, not for codes or nonnegative ones"):
+        SegmentTable([codes])
 
 
 def one_segment(w: torch.Tensor, offset: int = 0, param: int = 3) -> tuple[torch.Tensor, SegmentTable]:
@@ -153,8 +199,9 @@ def test_native_in_place(device: str, seed: int, dtype: torch.dtype, numel: int)
 @settings(max_examples=250)
 @given(seed=st.integers(0, 2**32), dtypes=st.sampled_from([DTYPES, ALL, CODES, *((dtype,) for dtype in ALL)]))
 def test_native_materialize(device: str, seed: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    visit = random_visit(np.random.default_rng(seed), dtypes, max_numel=2500, nonnegative=seed % 2 == 1)
-    check_visit(visit, "native", device)
+    rng = np.random.default_rng(seed)
+    visit = random_visit(rng, dtypes, max_numel=2500, nonnegative=seed % 2 == 1)
+    check_visit(anchored_visit(rng, visit) if seed % 3 == 0 else visit, "native", device)
 
 
 CHECK_LEVEL = """
@@ -162,7 +209,7 @@ import json, sys
 import numpy as np
 import code_cases, noise_cases, packed_cases
 from kernel_cases import CODES, DTYPES, check_in_place, check_noise, check_splits, check_visit, random_visit
-from kernel_cases import check_low_rank, low_rank_visit
+from kernel_cases import anchored_visit, check_low_rank, low_rank_visit
 noise_cases.check_golden("native")
 assert code_cases.make_golden("native") == json.load(open(sys.argv[1] + "/golden_codes.json"))
 assert packed_cases.make_golden() == json.load(open(sys.argv[1] + "/golden_decode.json"))
@@ -173,6 +220,7 @@ for seed in range(3):
 for seed in range(30):
     rng, dtype = np.random.default_rng(seed), DTYPES[seed % 3]
     check_visit(random_visit(rng, DTYPES, max_numel=2500), "native")
+    check_visit(anchored_visit(rng, low_rank_visit(rng, random_visit(rng, DTYPES, max_numel=2500))), "native")
     check_visit(random_visit(rng, (*CODES, *DTYPES), max_numel=2500, nonnegative=True), "native")
     check_visit(low_rank_visit(rng, random_visit(rng, (*CODES, *DTYPES), max_numel=2500)), "native")
     check_in_place(rng, "native", dtype, 1 + 91 * seed)

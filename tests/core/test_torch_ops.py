@@ -161,6 +161,7 @@ TABLES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
     ("segments", lambda t: row(numel=9), "9 elements of 4 bytes at byte 0 of 32"),
     ("segments", lambda t: row(dtype=6), "dtype code 6"),
     ("segments", lambda t: row(group=1), "group 1 of 1"),
+    ("segments", lambda t: row(scale_offset=4), "start of segment 0: 8 elements of 4 bytes at byte 4 of 32"),
     ("segments", lambda t: row(out_offset=4), "out of segment 0: 8 elements of 4 bytes at byte 4 of 32"),
     ("segments", lambda t: row(out_dtype=3), "out of segment 0: dtype code 3"),
     ("segments", lambda t: t[:, :7].contiguous(), r"segments must have shape \[1, 12\], got \[1, 7\]"),

@@ -14,6 +14,7 @@ from kernel_cases import (
     CODES,
     DTYPES,
     INTERPRETED,
+    anchored_visit,
     check_in_place,
     check_low_rank,
     check_noise,
@@ -50,7 +51,7 @@ def test_materialize(seed: int) -> None:
     for dtypes in (DTYPES, (*DTYPES, *CODES)):
         rng = np.random.default_rng(seed)
         visit = random_visit(rng, dtypes, max_numel=1500 if INTERPRETED else 5000, nonnegative=dtypes != DTYPES)
-        check_visit(visit, "triton", DEVICE)
+        check_visit(anchored_visit(rng, visit) if seed % 2 else visit, "triton", DEVICE)
         if dtypes == DTYPES or not INTERPRETED:
             check_visit(low_rank_visit(rng, visit), "triton", DEVICE)
 
@@ -83,7 +84,7 @@ def check_ptx() -> None:
 
     for capability, code, out_code in ((80, 1, 1), (90, 0, 1)):  # tests/ptx executes all of sm_90
         constants = {"CODE": code, "OUT_CODE": out_code, "MOVED": code != out_code}
-        constants |= {"WRITE_BACK": True, "NUM_EMITS": 2, "LOW_RANK": True, "TILE": 1024}
+        constants |= {"WRITE_BACK": True, "NUM_EMITS": 2, "LOW_RANK": True, "ANCHORED": True, "TILE": 1024}
         signature = {"weights": "*i16" if code else "*i32"}
         signature |= dict.fromkeys(("out0", "out1"), "*i16" if out_code else "*i32")
         signature |= {"segments": "*i64", "ints": "*i64", "floats": "*fp32"} | dict.fromkeys(constants, "constexpr")

@@ -71,12 +71,12 @@ def test_segment_table_encoding() -> None:
 
 def test_program_encoding() -> None:
     terms = (Term(0, 1, 2, 0, 0.1), Term(1, 2**32 - 1, 2**20 - 1, 0, -3.0))
-    updates = [Update(7, (GroupScalars(0.5, 0.25), GroupScalars(1.0, 0.0, 2.0, 3.0)), terms), update(8, (), 2)]
+    updates = [Update(7, (GroupScalars(0.5, 0.25), GroupScalars(1.0, 0.0, 2.0, 3.0, 4.0)), terms), update(8, (), 2)]
     program = encode_program(updates, [Emit(terms[:1], (1.0, 0.5))], 2)
     assert program.terms.tolist() == [[0, 1, 2, 0], [1, 2**32 - 1, 2**20 - 1, 0], [0, 1, 2, 0]]
     assert torch.equal(program.coefs, torch.tensor([0.1, -3.0, 0.1]))
     assert program.updates.tolist() == [[7, 0, 2], [8, 2, 0]]
-    assert program.update_groups.shape == (2, 2, 4) and program.update_groups[0, 1].tolist() == [1.0, 0.0, 2.0, 3.0]
+    assert program.update_groups.shape == (2, 2, 4) and program.update_groups[0, 1].tolist() == [1.0, 0.0, 4.0, 3.0]
     assert program.emits.tolist() == [[2, 1]] and program.emit_scales.tolist() == [[1.0, 0.5]]
     empty = encode_program([], [], 3)
     assert [tuple(table.shape) for table in empty] == [(0, 4), (0,), (0, 3), (0, 3, 4), (0, 2), (0, 3)]

@@ -34,7 +34,8 @@ def step_entries(draw: st.DrawFn) -> StepEntry:
     step = draw(st.integers(0, 2**32 - 1))
     skipped = draw(st.none() | st.text())
     lrs = float32s if skipped is None else st.sampled_from([0.0, -0.0])
-    group = st.builds(GroupScalars, lrs, float32s, float32s, float32s)
+    anchors = float32s.map(lambda anchor: anchor or 0.0)  # 0 is left out
+    group = st.builds(GroupScalars, lrs, float32s, float32s, float32s, anchors)
     term = st.builds(
         Term, st.sampled_from([0, 1]), st.integers(0, 2**32 - 1), st.integers(0, 2**20 - 1), st.just(0), float32s
     )

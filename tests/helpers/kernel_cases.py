@@ -228,6 +228,33 @@ def low_rank_visit(rng: np.random.Generator, visit: Visit, families: Sequence[st
     )
 
 
+def anchored_visit(rng: np.random.Generator, visit: Visit) -> Visit:
+    """The visit with weights at the start behind the buffer, equal to the weights here and there, and with anchors in
+    most groups that have no other segments."""
+    parts, num_bytes, segments = [visit.weights], visit.weights.numel(), []
+    for segment in visit.segments.segments:
+        if segment.dtype not in CODES and not segment.nonnegative and segment.numel:
+            size, gap = segment.dtype.itemsize, int(rng.choice([0, 4, 8, 16])) + -num_bytes % 4
+            weights = visit.weights[segment.byte_offset :][: segment.numel * size].view(segment.dtype)
+            moved = torch.from_numpy(rng.random(segment.numel) < 0.7)
+            starts = torch.where(moved, random_weights(rng, segment.numel, segment.dtype), weights)
+            parts += [torch.full((gap,), 0x5A, dtype=torch.uint8), starts.view(torch.uint8)]
+            segment, num_bytes = segment._replace(start_offset=num_bytes + gap), num_bytes + gap + segment.numel * size
+        segments.append(segment)
+    parts.append(torch.zeros(-num_bytes % 4, dtype=torch.uint8))
+    weights = torch.cat(parts)
+    table = SegmentTable(segments, num_bytes=weights.numel())
+
+    def pulled(group: int, scalars: GroupScalars) -> GroupScalars:
+        can = group not in table.unanchored
+        return scalars._replace(anchor=float(rng.choice([0.3, 1e-3, -2.0, 0.0])) if can else 0.0)
+
+    updates = tuple(
+        update._replace(groups=tuple(pulled(*each) for each in enumerate(update.groups))) for update in visit.updates
+    )
+    return visit._replace(weights=weights, segments=table, updates=updates)
+
+
 def random_place(rng: np.random.Generator) -> dict[str, int]:
     return {
         "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),

@@ -55,6 +55,7 @@ def frozen(
     dtype: torch.dtype = torch.float32,
     computed: torch.dtype | None = None,
     every: int = 1,
+    anchor: float = 0.0,
 ) -> Any:
     """Some parameters of each block are frozen."""
     joined(shape, slice=True)
@@ -63,8 +64,8 @@ def frozen(
         block[0].bias.requires_grad_(i % 2 == 0)
     model.blocks[3].requires_grad_(False)
     options = {"weights": "disk", "directory": directory / f"rank{rank}", "compute_dtype": computed}
-    distzo2.offload(model, **options, write_every=every, train=True)
-    opt = optimizer(model)
+    distzo2.offload(model, **options, write_every=every, train=True, keep_start=anchor > 0)
+    opt = optimizer(model, anchor=anchor)
     for step in range(4):
         opt.step(closures_of(model, step, 2))
     return [opt.last.losses, state_of(model)]
@@ -163,7 +164,9 @@ def no_lanes(rank: int, world_size: int, directory: Path, shape: tuple[int, int]
 def replaced(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, how: str) -> Any:
     """The weights are replaced between two steps, on every rank alike. Rank 1 is still in forwards, whole or in part,
     when rank 0 does so."""
-    model, opt = started(rank, directory, shape, slices=True)
+    joined(shape, slice=True)
+    model = tower("disk", directory / f"rank{rank}", keep_start=True)
+    opt = optimizer(model, anchor=0.5)  # to what they are replaced by
     opt.step(closures_of(model, 0, 2))
     for _ in range(3 * rank):
         loss_of(model)
@@ -181,6 +184,23 @@ def replaced(rank: int, world_size: int, directory: Path, shape: tuple[int, int]
     for step in (1, 2):
         opt.step(closures_of(model, step, 2))
     return [(seen, opt.last.losses), state_of(model)]
+
+
+def anchored(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, weights: str) -> Any:
+    """A run with an anchor that continues from its weight file, of which slices in memory are no part."""
+    joined(shape, slice=True)
+    run, history = directory / f"{world_size}", []
+    for until in (4, 6):
+        file = distzo2.WeightFile(run / "weights.dzo2", run / "journal", every=1, pace=1.0)
+        model = tower(weights, None, keep_start=True, weight_file=file)
+        opt = optimizer(model, anchor=0.5, journal=run / "journal", resume=until == 6)
+        while opt.step_count < until:
+            opt.step(closures_of(model, opt.step_count, 2))
+            history.append(opt.last.losses)
+        state = state_of(model)
+        opt.close()
+        distzo2.runtime_of(model).close()
+    return [history, state]
 
 
 def with_reference(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:

@@ -50,6 +50,18 @@ def test_an_update_makes_the_noise_of_its_window(capsys) -> None:
     assert "--momentum-window needs --momentum" in one_line(capsys)
 
 
+def test_an_anchor_needs_a_second_copy() -> None:
+    for more in (["--weights=host"], ["--weights=disk"], ["--weights=host", "--nproc=2", "--slice=on"]):
+        plain, anchored = (planned(*more, *option)[-1].row for option in ([], ["--anchor=1"]))
+        where = "disk_bytes" if "--weights=disk" in more else "host_bytes"
+        assert anchored[where] == pytest.approx(2 * plain[where], rel=0.01)
+        assert anchored["up_bytes"] == pytest.approx(2 * plain["up_bytes"], rel=0.01)
+        assert anchored["down_bytes"] == pytest.approx((1 + (where == "disk_bytes")) * plain["down_bytes"], rel=0.01)
+        assert anchored["gather_bytes"] == plain["gather_bytes"]
+        assert anchored["rank_bytes"]["residents"] == 2 * plain["rank_bytes"]["residents"]
+        assert anchored["rank_bytes"]["scratch"] == plain["rank_bytes"]["scratch"]
+
+
 def test_low_rank_noise_has_rates_of_its_own() -> None:
     """A node by name derives them; a measurement without them has those of dense noise, and the plan says so."""
     families = ("normal-r4", "normal-r1", "sign-r4", "sign-r1", "normal", "rademacher")

@@ -13,6 +13,7 @@ from kernel_cases import (
     CODES,
     DTYPES,
     LOW_RANK,
+    anchored_visit,
     assert_same_bits,
     check_low_rank,
     low_rank_visit,
@@ -54,6 +55,9 @@ def check_random_visits(
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
             if seed % 3 == 0 and isinstance(kernels, CudaKernels):  # of Triton see `triton_kernels.variants`
                 visit = low_rank_visit(np.random.default_rng(seed), visit)
+                num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
+            elif seed % 3 == 1 and isinstance(kernels, CudaKernels):
+                visit = anchored_visit(np.random.default_rng(seed), visit)
                 num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
 

@@ -58,6 +58,8 @@ def reencoded(**changes: Any) -> bytes:
         ({"eps": "0x1p+99999"}, "in hex"),
         ({"groups": []}, "at least one group"),
         ({"groups": [["0x0.0p+0"]]}, "a list of 4"),
+        ({"groups": [["0x0.0p+0"] * 5]}, "an anchor is 0, and must be left out"),
+        ({"groups": [["0x0.0p+0"] * 6]}, "a list of 4"),
         ({"skipped": "loss is nan"}, "lr must be 0"),
         ({"tokens": -1}, "tokens"),
         ({"tokens": True}, "tokens"),

@@ -39,7 +39,7 @@ def test_header_refused_with_reason(changes: dict[str, Any], reason: str) -> Non
 @pytest.mark.parametrize(
     "change",
     [
-        {"journal": 4},
+        {"journal": 5},
         {"journal": 2},
         {"journal": 1},
         {"loss": "mean"},

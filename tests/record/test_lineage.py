@@ -75,9 +75,13 @@ def test_a_branch_from_noise_of_low_rank_has_such_noise(files: SimpleNamespace, 
     assert_same_bits("new/checkpoint", "again")
 
 
-def test_a_branch_of_a_branch_without_decay_keeps_its_groups(files: SimpleNamespace) -> None:
-    assert finetune(files, "--steps=4", "--weight-decay=0.1") == 0
-    assert branch("--at-step=3", "--weight-decay=0") == 0
+def test_a_branch_of_a_branch_without_decay_keeps_its_groups(files: SimpleNamespace, capsys) -> None:
+    """And the weights at the start, to which its first steps pulled."""
+    assert finetune(files, "--steps=4", "--weight-decay=0.1", "--anchor=0.5") == 0
+    assert main(["finetune", "--resume", "--out=out", "--steps=5", "--anchor=0"]) == 2
+    assert "--anchor was 0.5 and is 0.0: start a new run for that, or a branch" in capsys.readouterr().err
+    assert branch("--at-step=3", "--weight-decay=0", "--anchor=0") == 0
+    assert {group.anchor for u in updates("new") for group in u.groups} == {0.5, 0.0}
     assert main(["finetune", "--resume", "--out=new", "--steps=5"]) == 0
     assert main(["finetune", "--branch-from=new", "--at-step=2", "--out=third", "--steps=3"]) == 0
     parents = parents_of(read_journal("third/journal.jsonl").header)

@@ -156,6 +156,8 @@ def test_a_bad_value_of_the_command_line(files, option: str, reason: str, capsys
         ),
         ([*FULL, "--warmup=11"], "--warmup 11 is more than --steps 10"),
         ([*FULL, "--fsync-every=2", "--weights=disk"], "every step is synced"),
+        ([*FULL, "--anchor=1", "--store=affine8"], "--anchor with --store affine8: gains and codes are not pulled"),
+        ([*FULL, "--anchor=1", "--tune=gain"], "--anchor with --tune gain: gains and codes are not pulled"),
         ([*FULL, "--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
         ([*FULL, "--at-step=1"], "--at-step needs --branch-from"),
         ([*FULL, "--save=best"], "--save best needs --eval"),

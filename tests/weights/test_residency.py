@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 def blocks_that_stay(budget: int, num_blocks: int = 10) -> list[int]:
     """Numbers of the blocks that do not stream: of blocks of 4096 bytes beside a resident unit of 1000, 3 slots."""
     more = {"trainable": True, "converts": False, "beside": None}
-    resident = SimpleNamespace(resident=True, num_bytes=1000, seen_bytes=1000, **more)
+    resident = SimpleNamespace(resident=True, stored_bytes=1000, seen_bytes=1000, **more)
     blocks = [
-        SimpleNamespace(number=i, resident=False, num_bytes=4096, seen_bytes=4096, **more) for i in range(num_blocks)
+        SimpleNamespace(number=i, resident=False, stored_bytes=4096, seen_bytes=4096, **more) for i in range(num_blocks)
     ]
     streaming = blocks_to_stream([resident, *blocks], CPU, budget, 3, lambda: 0)
     return [i for i, block in enumerate(blocks) if block not in streaming]

@@ -116,19 +116,33 @@ class Tile {
             __builtin_memcpy(target, from + skip_, static_cast<size_t>(num_) * sizeof(Element));
     }
 
+    // The tile's elements of what is stored as the weights are, in the range widened to multiples of kAlign.
+    const Raw* widened(const Raw* stored) {
+        if (!staged())
+            return stored;
+        Raw* whole = staging<Raw>()[0];
+        __builtin_memset(whole, 0, static_cast<size_t>(count_) * sizeof(Raw));
+        __builtin_memcpy(whole + skip_, stored, static_cast<size_t>(num_) * sizeof(Raw));
+        return whole;
+    }
+
     void decode() {
         if (decoded_)
             return;
         decoded_ = true;
-        const Raw* weights = weights_;
-        if (staged()) {
-            Raw* whole = staging<Raw>()[0];
-            __builtin_memset(whole, 0, static_cast<size_t>(count_) * sizeof(Raw));
-            __builtin_memcpy(whole + skip_, weights, static_cast<size_t>(num_) * sizeof(Raw));
-            weights = whole;
-        }
+        const Raw* weights = widened(weights_);
         for (int i = 0; i < count_; i += V::kWidth)
             V::store(values_ + i, Store::load(weights + i));
+    }
+
+    // sums_[0] += anchor * (w - w0).
+    void pull_to_start(float anchor) {
+        const auto* bytes = reinterpret_cast<const uint8_t*>(weights_) - segment_.byte_offset + segment_.scale_offset;
+        const Raw* start = widened(reinterpret_cast<const Raw*>(bytes));
+        for (int i = 0; i < count_; i += V::kWidth) {
+            const F moved = V::fma(V::set(-1.0f), Store::load(start + i), V::load(values_ + i));
+            V::store(sums_[0] + i, V::fma(V::set(anchor), moved, V::load(sums_[0] + i)));
+        }
     }
 
     template <class Consume>
@@ -163,8 +177,8 @@ class Tile {
                 only = j;
                 ++num_left;
             }
-        const bool decays = group.weight_decay != 0.0f;
-        if (group.lr == 0.0f || (!decays && num_left == 0))
+        const bool decays = group.weight_decay != 0.0f, anchored = !kCodes && group.anchor != 0.0f;
+        if (group.lr == 0.0f || (!decays && !anchored && num_left == 0))
             return false;
         if (D != DType::kFp32)
             rounding_tile<V>(philox_,
@@ -172,7 +186,7 @@ class Tile {
                                        static_cast<uint32_t>(update.step), 0),
                              first_, count_, rounding_);
         const F step = V::set(-group.lr), decay = V::set(group.weight_decay);
-        if (num_left == 1) {
+        if (num_left == 1 && !anchored) {
             const F k = V::set(coefs[only] * group.update_scale);
             const auto next = [&](int i, F w, F z) __attribute__((always_inline)) {
                 return updated(i, w, step, V::fma(k, z, decays ? V::mul(decay, value(i, w)) : V::set(0.0f)));
@@ -196,6 +210,8 @@ class Tile {
         decode();
         for (int i = 0; i < count_; i += V::kWidth)
             V::store(sums_[0] + i, decays ? V::mul(decay, value(i, V::load(values_ + i))) : V::set(0.0f));
+        if (anchored)
+            pull_to_start(group.anchor);
         for (int64_t j = 0; j < update.num_terms; ++j) {
             const F k = V::set(coefs[j] * group.update_scale);
             if (coefs[j] * group.update_scale == 0.0f)

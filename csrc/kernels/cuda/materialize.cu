@@ -181,7 +181,9 @@ void launch_mixed(const VisitTables& tables, DeviceState& state, int device, cud
 }
 
 void launch_visit(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
-    if (tables.shape.low_rank && (tables.shape.coded || tables.shape.mixed))
+    if (tables.shape.anchored)
+        launch<Coded<AnchoredProgram>>(tables, state, device, stream);
+    else if (tables.shape.low_rank && (tables.shape.coded || tables.shape.mixed))
         launch<Coded<LowRankProgram>>(tables, state, device, stream);
     else if (tables.shape.low_rank)
         launch<LowRankProgram>(tables, state, device, stream);

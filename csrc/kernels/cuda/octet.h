@@ -478,13 +478,20 @@ struct MixedPlace : OctetPlace<D> {
     int64_t out_at; // as `at`, in each out
     DType out_dtype;
     bool out_whole;
-    int64_t scales_at; // of codes: the scale of an octet is 4 * (octet >> scale_shift) bytes further
+    int64_t scales_at; // of codes: the scale of an octet is 4 * (octet >> scale_shift) bytes further; else of w0
     int scale_shift;
 
     DZO_HD OctetScale<D> scale(const uint8_t* buffer, int64_t octet) const {
         if constexpr (is_code(D))
             return {*reinterpret_cast<const float*>(buffer + scales_at + 4 * (octet >> scale_shift))};
         return {1.0f};
+    }
+    // The octet's weights at the start.
+    DZO_HD void load_start(const uint8_t* buffer, float w[kOctet]) const {
+        OctetPlace<D> start = *this;
+        start.at += scales_at;
+        start.whole = start.whole && scales_at % 16 == 0;
+        start.load(buffer, w);
     }
     template <DType O>
     DZO_HD void emit_as(uint8_t* out, float x[kOctet]) const {

@@ -22,10 +22,10 @@ DZO_HD Draw draw_of(uint32_t tag, uint32_t param, uint32_t step) { return Draw{p
 
 // One update of an octet's elements w; true unless it is the identity. z is scratch, and `held` the number of the noise
 // in it.
-template <DType D, class Matrix>
+template <DType D, bool kAnchored, class Matrix, class Place>
 DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, uint32_t u, uint32_t param,
-                         uint32_t group, const Matrix& matrix, int64_t octet, const OctetScale<D>& scale,
-                         float w[kOctet], float z[kOctet], uint32_t& held) {
+                         uint32_t group, const Matrix& matrix, int64_t octet, const Place& place,
+                         const OctetScale<D>& scale, float w[kOctet], float z[kOctet], uint32_t& held) {
     const DeviceUpdate update = tables.row<DeviceUpdate>(header.updates_at, u);
     const UpdateGroup scalars = tables.row<UpdateGroup>(header.groups_at, u * header.num_groups + group);
     if (scalars.lr == 0.0f)
@@ -36,6 +36,16 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
     for (int i = 0; i < kOctet; ++i)
         a[i] = decays ? mul_rn(scalars.weight_decay, scale.value(w[i])) : 0.0f;
     bool any = decays;
+    if constexpr (kAnchored && !is_code(D)) {
+        if (scalars.anchor != 0.0f) {
+            any = true;
+            float start[kOctet];
+            place.load_start(header.weights, start);
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                a[i] = fma_rn(scalars.anchor, fma_rn(-1.0f, start[i], w[i]), a[i]);
+        }
+    }
     for (uint32_t j = 0; j < update.num_terms; ++j) {
         const DeviceTerm term = tables.row<DeviceTerm>(header.terms_at, update.first_term + j);
         const float k = mul_rn(term.coef, scalars.update_scale);
@@ -57,7 +67,7 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
 }
 
 // Any program.
-template <class Matrix>
+template <class Matrix, bool kAnchored = false>
 struct Program {
     static constexpr bool kMixed = false, kCoded = false, kLowRank = std::is_same_v<Matrix, DeviceMatrix>;
     static constexpr int kMinBlocks = kLowRank ? 1 : 2; // a multiprocessor: leaves it registers for all of its state
@@ -76,8 +86,8 @@ struct Program {
             place.load(header.weights, w);
             bool changed = false;
             for (uint32_t u = 0; u < header.num_updates; ++u)
-                changed |=
-                    update_octet<D>(header, tables, u, segment.param, segment.group, matrix, octet, units, w, z, held);
+                changed |= update_octet<D, kAnchored>(header, tables, u, segment.param, segment.group, matrix, octet,
+                                                      place, units, w, z, held);
             if (changed && header.write_back) {
                 DZO_UNROLL
                 for (int i = 0; i < kOctet; ++i)
@@ -114,6 +124,7 @@ struct Program {
 
 struct AnyProgram : Program<NoMatrix> {};
 struct LowRankProgram : Program<DeviceMatrix> {};
+struct AnchoredProgram : Program<DeviceMatrix, true> {}; // only as Coded
 
 // The common programs, with their scalars in registers: kUpdates (0 or 1) updates of one term, then kEmits (0, 1 or 2)
 // emits of one term, both of the same z. All noise is of one family: the choice at run time costs a third of the warps

@@ -25,7 +25,7 @@ struct DeviceSegment {
 };
 
 // Where a segment is emitted, in a table of its own: what is emitted as it is stored needs none. Of codes also where
-// their scales are, as in MixedPlace.
+// their scales are, as in MixedPlace; of a dtype how far behind the weights w0 lies.
 struct DeviceOut {
     int64_t offset, scales_at;
     uint32_t dtype, scale_shift;
@@ -68,7 +68,8 @@ struct VisitShape {
     int num_emits;   // 0, 1 or 2 (the same z)
     bool mixed;      // a segment is emitted in another dtype, or at another place, than it is stored
     bool coded;      // a segment is of a stored format; then `mixed` too
-    bool low_rank;   // a term has low-rank noise, and a segment columns for it
+    bool low_rank;   // a term has low-rank noise, and a segment columns for it; or `anchored`
+    bool anchored;   // a group has an anchor: one program serves all of these
 };
 
 struct VisitTables {
@@ -133,7 +134,10 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     std::vector<uint8_t>& bytes = tables.bytes;
     bytes.clear();
     int64_t octets = 0;
-    bool frozen = false, mixed = false, coded = false, low_rank = false;
+    const auto* const groups = visit.update_groups;
+    const bool anchored = std::any_of(groups, groups + visit.num_updates * visit.num_groups,
+                                      [](const UpdateGroup& group) { return group.anchor != 0.0f; });
+    bool frozen = false, mixed = false, coded = false, low_rank = anchored;
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
         octets += num_octets(segment.element_offset, segment.numel);
@@ -143,7 +147,7 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
         coded = coded || segment.dtype > static_cast<int64_t>(DType::kFp16);
         mixed = mixed || segment.out_dtype != segment.dtype || segment.out_offset != segment.byte_offset;
     }
-    mixed = coded || (mixed && visit.num_emits > 0);
+    mixed = coded || anchored || (mixed && visit.num_emits > 0);
     header.octets_per_thread = octets_per_thread(octets, num_sms);
     header.weights = visit.weights;
     header.keys = philox_keys(visit.seed);
@@ -175,7 +179,8 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
                 const bool codes = is_code(static_cast<DType>(segment.dtype));
                 const int shift = codes ? __builtin_ctzll(static_cast<uint64_t>(segment.scale_group / kOctet)) : 0;
                 places.push_back({segment.out_offset + skipped * dtype_bytes(static_cast<DType>(segment.out_dtype)),
-                                  segment.scale_offset - 4 * (segment.element_offset / kOctet >> shift),
+                                  segment.scale_offset -
+                                      (codes ? 4 * (segment.element_offset / kOctet >> shift) : segment.byte_offset),
                                   static_cast<uint32_t>(segment.out_dtype), static_cast<uint32_t>(shift)});
             }
             tiles += num_tiles_of(begin, end - begin, header.octets_per_thread);
@@ -228,6 +233,7 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     shape.mixed = mixed;
     shape.coded = coded;
     shape.low_rank = low_rank;
+    shape.anchored = anchored;
 }
 
 } // namespace distzo2

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <functional>
 #include <stdexcept>
 
 namespace distzo2 {
@@ -78,6 +79,14 @@ CopyEngine::CopyEngine(std::shared_ptr<Device> device, std::shared_ptr<BlockFile
     transport_ =
         std::make_unique<DiskTransport>(*state_, std::move(file), std::move(ranges), std::move(staging), options);
     order_slots_behind(stream);
+}
+
+void CopyEngine::set_tails(std::vector<size_t> num_bytes) {
+    const auto& sizes = state_->block_bytes;
+    if (!std::equal(num_bytes.begin(), num_bytes.end(), sizes.begin(), sizes.end(), std::less_equal<size_t>()))
+        throw std::invalid_argument("copy engine: expected a tail for each block, and none longer than its block");
+    const Lock lock(state_->mutex);
+    state_->tails = std::move(num_bytes);
 }
 
 void CopyEngine::check_slots() const {

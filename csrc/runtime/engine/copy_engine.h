@@ -31,6 +31,9 @@ class CopyEngine {
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
 
+    // Of each block of a HostPool, the bytes at its end that are only read, and so not downloaded. To be called first.
+    void set_tails(std::vector<size_t> num_bytes);
+
     // For a failure outside (a journal that cannot be written): calls that wait, and later ones, throw `reason`.
     void fail(const std::string& reason);
 

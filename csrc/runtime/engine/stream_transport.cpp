@@ -132,7 +132,7 @@ void StreamTransport::download(int block, int slot, int64_t /*version*/) {
             device_.wait(stream, urgent_uploads_.last[block]);
         }
     }
-    const size_t num_bytes = state_.block_bytes[block];
+    const size_t num_bytes = state_.block_bytes[block] - (state_.tails.empty() ? 0 : state_.tails[block]);
     const int ticket = timer_.begin(TicketKind::kDownload, block, slot, num_bytes, downloads_.streams[0]);
     copy_pieces(downloads_, addresses_[block], state_.slots[slot], addresses_[block], num_bytes, Direction::kDownload);
     timer_.end(ticket, downloads_.streams[0]);

@@ -26,6 +26,7 @@ namespace distzo2 {
 struct EngineState {
     std::shared_ptr<Device> device;
     std::vector<size_t> block_bytes;
+    std::vector<size_t> tails; // of each block of a HostPool, the bytes at its end that no download stores; or empty
     std::vector<std::byte*> slots; // page-aligned on the CPU device with a file
     size_t slot_bytes = 0;
 

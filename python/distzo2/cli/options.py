@@ -21,6 +21,7 @@ from distzo2.option_types import (
     CountOrZero,
     Dtype,
     Name,
+    PositiveOrZero,
     Store,
     Switch,
     Weights,
@@ -121,6 +122,7 @@ class PlanOptions(Estimating, Trained):
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the machine's GPUs")
     slots: Annotated[Count, Range(ge=2)] = option(3, "blocks on the device at once")
     write_every: Count = option(1, "write a block back at every N-th step")
+    anchor: PositiveOrZero = option(0.0, "above 0: with a second copy of what is trained, as finetune keeps it")
     memory_budget: Bytes = option(None, "bytes of the device for weights, as for finetune", "BYTES|auto")
     host_memory: Bytes = option("auto", "bytes of the host that weights may take; auto: the machine's", "BYTES|auto")
     max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank")

@@ -65,6 +65,7 @@ class ZOFields:
     zo_momentum_window: int | None = _field(
         None, "Steps whose terms an update lists; until they are negligible if unset."
     )
+    zo_anchor: float = _field(0.0, "Pull towards the weights at the start, times the learning rate, a step.")
     zo_dropout: bool = _field(False, "Train with dropout, the same in both evaluations of a probe.")
     zo_max_lanes: int | None = _field(None, "Evaluations that share a pass over the weights, for memory; all if unset.")
     zo_weights: str = _field("host", "Where streamed weights live.", WEIGHTS)
@@ -138,12 +139,14 @@ class ZOFields:
             "memory_budget": num_bytes(self.zo_memory_budget),
             "host_memory": num_bytes(self.zo_host_memory),
             "write_every": self.zo_write_every,
+            "keep_start": self.zo_anchor != 0,
             "compute_dtype": self.zo_compute_dtype and getattr(torch, self.zo_compute_dtype),
         }
 
     def optimizer_options(self) -> dict[str, Any]:
         """The options of `ZOSGD`, without parameter groups and the journal."""
-        return {"lr": self.learning_rate, "weight_decay": self.weight_decay, **self._fixed_options()}
+        pulls = {"weight_decay": self.weight_decay, "anchor": self.zo_anchor}
+        return {"lr": self.learning_rate, **pulls, **self._fixed_options()}
 
     def _fixed_options(self) -> dict[str, Any]:
         return {option: getattr(self, name) for option, name in _OF_OPTIMIZER.items()}

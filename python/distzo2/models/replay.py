@@ -381,9 +381,11 @@ def apply_updates(
     """Reads, updates and writes all pieces; `write` takes the part of a parameter, by name, from an element on."""
     updates, unused, seed = steps.updates, steps.unused, steps.header["seed"]
     largest = max((piece[-1].segment.byte_offset + piece[-1].num_bytes for piece in pieces), default=0)
+    largest += -largest % _ALIGNMENT
+    anchored = any(group.anchor for update in updates for group in update.groups)  # a copy of the base lies behind
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(_PIECES_IN_FLIGHT):
-        buffers.put(torch.empty(largest, dtype=torch.uint8))
+        buffers.put(torch.empty((1 + anchored) * largest, dtype=torch.uint8))
     updating, writing = threading.Lock(), threading.Lock()  # an update takes all cores; pieces may share a write
 
     def process(piece: list[PiecePart]) -> None:
@@ -391,9 +393,13 @@ def apply_updates(
         try:
             for part in piece:
                 part.read(checkpoint_map, buffer)
+            if anchored:
+                buffer[largest:] = buffer[:largest]
             alike: dict[tuple, list[Segment]] = {}  # segments that the same steps left as they were
             for part in piece if updates else ():
                 s = part.segment
+                if anchored and part.packed is None and not s.nonnegative:
+                    s = s._replace(start_offset=largest + s.byte_offset)
                 if s.group is not None:
                     key = tuple(ranges for ranges in unused if any(a <= s.param <= b for a, b in ranges))
                     alike.setdefault(key, []).append(s)

@@ -15,8 +15,9 @@ from distzo2.estimators.protocol import Estimator, Remembering
 from distzo2.estimators.registry import ESTIMATORS, make_estimator, name_of
 from distzo2.optim.moments import MAX_TERMS, default_window
 from distzo2.parallel.mesh import Evaluation
+from distzo2.record.entry import StepEntry
 from distzo2.weights.units import ParamInfo
-from distzo2_core import FAMILIES, GroupScalars
+from distzo2_core import FAMILIES, GroupScalars, Update
 
 GROUP_FIELDS = GroupScalars._fields
 PROBE_BATCHES = SHARED, OWN = "shared", "own"
@@ -185,6 +186,18 @@ class StepRecord:
     memory: tuple[float, ...] = ()
     largest: float | None = None
 
+    def entry(self, update: Update, tokens: int, by_percentile: bool) -> StepEntry:
+        """The step for the journal; `by_percentile`: with `largest`, which a resumed run needs."""
+        counts, extra = self.counts, {"clipped": True} if self.clipped else {}
+        extra |= {"memory": list(self.memory)} if self.memory else {}
+        if self.clipped and by_percentile:
+            extra["largest"] = self.largest
+        if counts is not None and all(row == counts[0] for row in counts):
+            counts = counts[:1]
+        return StepEntry(
+            self.step, update, self.eps, self.losses, self.skipped, tokens, self.seconds, extra, counts, self.unused
+        )
+
     @property
     def difference(self) -> float | None:
         """What the step is made of: the median over probes of |L+ - L-|, or of |L+ - L0| where there is no L-."""
@@ -239,8 +252,14 @@ def group_of_each(params: Iterable[ParamInfo], groups: Sequence[Mapping[str, Any
 
 def scalars_of(groups: Sequence[Mapping[str, Any]]) -> tuple[GroupScalars, ...]:
     """The scalars that a step takes of each group, as float32 values."""
+    older = {"anchor": 0.0}  # what groups of older states lack
     return tuple(
-        GroupScalars(*(_float32(group[name], f"{name} of parameter group {number}") for name in GROUP_FIELDS))
+        GroupScalars(
+            *(
+                _float32(group.get(name, older.get(name)), f"{name} of parameter group {number}")
+                for name in GROUP_FIELDS
+            )
+        )
         for number, group in enumerate(groups)
     )
 
@@ -249,10 +268,10 @@ def check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
     """Checks groups that an optimizer is made of; a schedule's last rate may be a rounding error below 0.
 
     Raises:
-        DistZO2Error: a scalar is not a finite number, or a rate or a weight decay is below 0.
+        DistZO2Error: a scalar is not a finite number, or a rate, a weight decay or an anchor is below 0.
     """
     for number, scalars in enumerate(scalars_of(groups)):
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", "weight_decay", "anchor"):
             if (value := getattr(scalars, name)) < 0:
                 raise DistZO2Error(f"{name} of parameter group {number} is {value}; 0 or more was expected")
 

@@ -65,11 +65,13 @@ class ZOSGD(torch.optim.Optimizer):
     Args:
         model: a module that `distzo2.offload` or `distzo2.from_pretrained` returned.
         params: None for all trainable parameters, or parameter groups as for any torch optimizer; parameters in no
-            group are read and never changed. Groups may set lr, weight_decay, perturb_scale and update_scale.
+            group are read and never changed. Groups may set lr, weight_decay, anchor, perturb_scale, update_scale.
         lr: learning rate; schedulers of torch.optim.lr_scheduler change it for the steps that follow.
         eps: size of the perturbation, as float32; the attribute `eps` changes it for the steps that follow.
         weight_decay: added to the estimate, as in SGD. With params=None it leaves out biases and norms (parameters of
             fewer than 2 dimensions).
+        anchor: anchor·(w - w0) is added to the estimate, w0 the weights at the start (L2-SP, arXiv 1802.01483), which a
+            model that was handed over with keep_start=True has.
         num_probes: perturbations a step, K.
         noise: "normal" or "rademacher"; or of low rank, "sign-r1", "sign-r4", "normal-r1" or "normal-r4":
             z = A B^T / sqrt(r) of matrices, A and B of r columns of signs or normals, and dense noise elsewhere.
@@ -117,6 +119,7 @@ class ZOSGD(torch.optim.Optimizer):
         lr: float,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
+        anchor: float = 0.0,
         num_probes: int = 1,
         noise: str = "normal",
         estimator: str | Estimator = "spsa",
@@ -175,12 +178,13 @@ class ZOSGD(torch.optim.Optimizer):
                 count = self._ranks.from_rank_0("reading the journal", lambda: b"%d" % num_groups_of(earlier))
                 split = int(count) > 1
             params = default_groups(runtime.params, split)
-        defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "anchor": anchor, "perturb_scale": 1.0, "update_scale": 1.0}
         if runtime.kept is not None:
             runtime.kept.check_optimizer(journal, runtime.weights.replaced)
         super().__init__(params, defaults)
         check_rates(self.param_groups)
         self._bind()
+        self._scalars()
         given = {"having a journal": journal, "having a weight file": runtime.kept, "branching": branch}
         given = {name: value is not None for name, value in given.items()}
         self._ranks.join(self._index_table(), self.param_groups, {**given, "resume": resume})
@@ -375,7 +379,7 @@ class ZOSGD(torch.optim.Optimizer):
                 self._progress.warn_if_still(record.coefs)
                 record.seconds, update = time.perf_counter() - start, self._update(record, scalars)
                 if self.journal is not None:
-                    self.journal.append(self._entry(record, update, tokens))
+                    self.journal.append(record.entry(update, tokens, self.settings.clip_percentile is not None))
 
             self._ranks.decide(record, make, self.journal)
             record.seconds = record.seconds or time.perf_counter() - start
@@ -404,6 +408,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _scalars(self) -> tuple[GroupScalars, ...]:
         """What a step takes of the groups now; perturbations have their scales from here on."""
         scalars = scalars_of(self.param_groups)
+        self._runtime.weights.check_anchors(scalars)
         self._runtime.weights.updates.set_perturb_scales([group.perturb_scale for group in scalars])
         return scalars
 
@@ -428,18 +433,6 @@ class ZOSGD(torch.optim.Optimizer):
         if getattr(self.settings.estimator, "by_batch", False) and counted.any():
             return record, means[:, counted]
         return record, np.array([[mean_loss(*each)] for each in zip(sums, counts, strict=True)])
-
-    def _entry(self, record: StepRecord, update: Update, tokens: int) -> StepEntry:
-        counts, extra = record.counts, {"clipped": True} if record.clipped else {}
-        extra |= {"memory": list(record.memory)} if record.memory else {}
-        if record.clipped and self.settings.clip_percentile is not None:
-            extra["largest"] = record.largest
-        if counts is not None and all(row == counts[0] for row in counts):
-            counts = counts[:1]
-        return StepEntry(
-            record.step, update, self.settings.eps, record.losses, record.skipped, tokens, record.seconds, extra,
-            counts, record.unused,
-        )  # fmt: skip
 
     def _tell_unused(self, step: int, units: Sequence[Unit]) -> None:
         """Reports, once, units that no lane entered."""
@@ -578,6 +571,10 @@ class ZOSGD(torch.optim.Optimizer):
                     "resume=True) and the weights that it began with, or branched off with branch_from="
                 )
             raise DistZO2Error(found)
+        if differing is not None and mine["step"] and any(group.get("anchor") for group in state_dict["param_groups"]):
+            raise DistZO2Error(
+                "the state has an anchor, and not the weights that it pulls to: resume a journal instead"
+            )
         memory = self._progress.recalled(mine.get("memory", self.settings.memory))
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
         if differing is None:

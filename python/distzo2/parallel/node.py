@@ -91,15 +91,15 @@ def choose_slices(
     failure = None
     if weights == "device" and mesh.slice:
         failure = UsageError("slices are of weights in host memory or on disk; these were asked to be on the device")
-    table = [(u.name, u.num_bytes, u.resident) for u in units]
+    table = [(u.name, u.stored_bytes, u.resident) for u in units]
     fields = {"weights": weights, "device": device.type, "the units": table}
     gpus = [row[0] for row in mesh.exchange.agree("handing over a model", fields, [_gpu_number(device)], failure)]
     streamed = [u for u in units if not u.resident]
-    node, total = mesh.node, sum(u.num_bytes for u in streamed)
+    node, total = mesh.node, sum(u.stored_bytes for u in streamed)
     if not streamed or weights == "device" or (node.most_ranks == 1 and not mesh.slice):
         return None
     backend = backend_of(device, [[gpus[rank] for rank in ranks] for ranks in node.nodes])
-    sample = min(max(u.num_bytes for u in streamed), SAMPLE_BYTES)
+    sample = min(max(u.stored_bytes for u in streamed), SAMPLE_BYTES)
     bring = functools.partial(_bring_seconds, mesh, device, directory)
     chosen, why = True, "as asked"
     if mesh.slice is None:

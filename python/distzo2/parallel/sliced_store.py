@@ -6,8 +6,8 @@
 
 Slices are cut at 256-byte boundaries, never by tensor, so that every rank moves the same share of every block. Noise is
 a function of the element, so a slice is updated as its part of the block is. Such cuts are between groups of codes; the
-scales of a slice's codes, which are never written, are kept behind it. A buffer holds a block as it is after the last
-update: a pass perturbs from it, and never writes it.
+scales of a slice's codes, which are never written, are kept behind it, as are its weights at the start. A buffer holds
+a block as it is after the last update: a pass perturbs from it, and never writes it.
 """
 
 from __future__ import annotations
@@ -255,6 +255,7 @@ class SlicedStore(Store):
             yield host[: unit.num_bytes]
             for place, at in copy.places:
                 stored[at : at + len(place)].copy_(host[place.start : place.stop])
+            copy.take_start(stored)
         self.forget()
         self._spare = host
 

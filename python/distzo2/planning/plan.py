@@ -111,6 +111,8 @@ class Planner:
         if rows not in self.models:
             self.models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens, self.compute_dtype, r, r.store)
         model = self.models[rows]
+        for unit in model.units:
+            unit.keeps_start = r.anchor > 0
         streamed = self._place(model, sliced)
         family = FAMILIES[r.noise]
         emissions = [Emission((Term(family, 0, k, 0, float(s)),)) if s else Emission() for k, s in self.evaluations]
@@ -131,18 +133,21 @@ class Planner:
             write_every=r.write_every,
             slicing=self._slicing(ranks) if sliced and streamed else None,
             exchange_s=EXCHANGE_S if ranks > 1 else 0.0,
+            on_disk=r.weights == "disk",
         )
         played = play_steps(work)
         rank = {  # of the device; of the host, where it computes
-            "residents": sum(u.num_bytes for u in model.units if u not in streamed),
-            "slots": slot_bytes_of(u.num_bytes for u in streamed) * work.slots if streamed else 0,
+            "residents": sum(u.stored_bytes for u in model.units if u not in streamed),
+            "slots": slot_bytes_of((u.num_bytes if sliced else u.stored_bytes) for u in streamed) * work.slots
+            if streamed
+            else 0,
             "scratch": played.scratch_bytes,
             "lanes": model.lane_bytes(min(wave, len(lanes))),
         }
         rank["total"] = sum(rank.values())
 
         def stored(unit: Unit) -> int:  # bytes, on all ranks
-            return unit.num_bytes + unit.scale_bytes if sliced and unit in streamed else unit.num_bytes * ranks
+            return unit.stored_bytes + unit.scale_bytes if sliced and unit in streamed else unit.stored_bytes * ranks
 
         host, disk = sum(stored(u) for u in streamed), 0
         if r.weights == "disk":  # frozen blocks stay in the checkpoint's files; residents that are trained are copied

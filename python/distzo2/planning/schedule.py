@@ -199,6 +199,7 @@ class Work:
     write_every: int = 1
     slicing: Slicing | None = None
     exchange_s: float = 0.0  # of the scalars, at a step's end
+    on_disk: bool = False  # what streams lives in a file
 
 
 class _Ledger(Scratch):
@@ -271,7 +272,7 @@ class _Ring(Store):
         slot = self._slot_of[copy.unit.index]
         slot.held, slot.readers, slot.last_use = False, self.schedule.compute, next(self._uses)
         if dirty:
-            self._download(copy, slot, copy.num_bytes, self.schedule.compute)
+            self._download(copy, slot, copy.num_bytes - self._tail(copy), self.schedule.compute)
 
     def expect(self, following: Sequence[StoredCopy], num_current: int) -> None:
         for number, copy in enumerate(following[: self.num_slots - 1]):
@@ -321,16 +322,20 @@ class _Ring(Store):
         slot.stored = self.schedule.add("download", "download", copy.unit.name, seconds, after, slot.ready, **more)
         self._store_of[copy.unit.index] = slot.stored
 
+    def _tail(self, copy: StoredCopy) -> int:
+        """Bytes that are not written back: in a file a block is written whole."""
+        return 0 if self.work.on_disk else copy.num_kept
+
     def _complete(self, copy: StoredCopy) -> None:
         """Updates a slice that was uploaded, writes it back, and gathers the block. Blocks behind by elision are
         brought up to date in the slot only, at every visit."""
         slicing, slot = self.work.slicing, self._slot_of[copy.unit.index]
         slot.version, share = self.schedule.version, 1.0 / slicing.num_ranks
         if self.schedule.write_up_to_date(copy, slot, _NOWHERE):
-            self._download(copy, slot, self._stored_bytes(copy), slot.ready)
+            self._download(copy, slot, self._stored_bytes(copy) - self._tail(copy) * share, slot.ready)
         where = "upload" if slicing.over_link else "gather"
-        after, received = (slot.ready, self.schedule.host), copy.num_bytes * (slicing.num_ranks - 1) * share
-        seconds = copy.num_bytes * slicing.gather_s
+        after, received = (slot.ready, self.schedule.host), copy.unit.num_bytes * (slicing.num_ranks - 1) * share
+        seconds = copy.unit.num_bytes * slicing.gather_s
         slot.ready = self.schedule.add(where, "gather", copy.unit.name, seconds, *after, num_bytes=received)
 
 

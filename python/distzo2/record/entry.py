@@ -23,6 +23,7 @@ from distzo2.record.line import (
 from distzo2.text import brief
 from distzo2_core.types import FAMILIES, MAX_PROBE, MAX_STEP, GroupScalars, Term, Update
 
+_SCALARS = GroupScalars._fields[:4]  # of a group in every line; an anchor follows where it is not 0
 _OPTIONAL = {"counts": "list", "unused": "list"}  # since version 3, where they say anything
 _MEMBERS = {
     "step": "integer", "groups": "list", "terms": "list", "eps": "string", "losses": "list",
@@ -84,7 +85,11 @@ class StepEntry:
         record = {
             "step": int(self.step),
             "groups": [
-                [hex32(value, f"group {g} {name}") for name, value in group._asdict().items()]
+                [
+                    hex32(value, f"group {g} {name}")
+                    for name, value in group._asdict().items()
+                    if name in _SCALARS or value
+                ]
                 for g, group in enumerate(self.update.groups)
             ],
             "terms": [
@@ -137,7 +142,11 @@ class StepEntry:
 
 
 def _read_group(row: Any) -> GroupScalars:
-    return GroupScalars(*(from_hex32(value, "group") for value in a_list(row, "a group", 4)))
+    num_values = 5 if isinstance(row, list) and len(row) == 5 else 4
+    group = GroupScalars(*(from_hex32(value, "group") for value in a_list(row, "a group", num_values)))
+    if num_values == 5 and not group.anchor:
+        raise JournalError("an anchor is 0, and must be left out")
+    return group
 
 
 def _read_term(row: Any) -> Term:

@@ -24,6 +24,7 @@ from distzo2_core.types import FAMILIES, MAX_SEED, MAX_STEP, PURPOSE_DATA_ORDER,
 
 # Versions 1 and 2 are read forever. Version 2 is still written: for a branch of such a run, which keeps its rules.
 FORMAT_VERSION = 3
+ANCHOR_VERSION = 4  # as 3, and groups of steps may have an anchor; written where a group has one
 LOSS_RULE = "sum/count"  # L of an evaluation: the sum of its closures' sums over the sum of their counts
 CHAIN_HASH = "sha256"  # `hash` of older versions' journals, whose lines hold a hash that is not checked any more
 MAX_NAME = 4096  # characters of a parameter's name
@@ -134,8 +135,9 @@ def make_header(
     """
     versions = {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()}
     dtypes = {row["dtype"] for row in table} if computed is None else set(computed)
+    groups = [{k: v for k, v in group.items() if k != "anchor" or v} for group in groups]
     header = {
-        "journal": FORMAT_VERSION,
+        "journal": ANCHOR_VERSION if any(group.get("anchor") for group in groups) else FORMAT_VERSION,
         "noise": NOISE_VERSION,
         "rounding": ROUNDING_VERSION,
         "purposes": _purposes(table),
@@ -188,9 +190,9 @@ def read_header(line: bytes, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any
 def check_header(header: Mapping[str, Any]) -> None:
     """Raises JournalError unless this version understands every part of the header and can make its noise."""
     version = header.get("journal")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise JournalError(f"format version {brief(version)}, this reader knows 1 to {FORMAT_VERSION}")
-    expect_members(header, (_HEADER, _HEADER_2, _HEADER_3)[version - 1], "the header")
+    if type(version) is not int or not 1 <= version <= ANCHOR_VERSION:
+        raise JournalError(f"format version {brief(version)}, this reader knows 1 to {ANCHOR_VERSION}")
+    expect_members(header, (_HEADER, _HEADER_2, _HEADER_3, _HEADER_3)[version - 1], "the header")
     for key, known in (("noise", NOISE_VERSION), ("rounding", ROUNDING_VERSION)):
         if header[key] != known:
             raise JournalError(f"{key} version {brief(header[key])}, this reader makes {known!r}")

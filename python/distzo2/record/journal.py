@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from distzo2.files import lock, sync, write_all
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import has_older_rules, read_header
+from distzo2.record.header import ANCHOR_VERSION, has_older_rules, read_header
 from distzo2.record.line import MAX_HEADER_BYTES, MAX_STEP_BYTES, JournalError, crc_matches, encode_line, whole
 from distzo2.record.writer import JournalWriter
 
@@ -295,6 +295,8 @@ def _check_follows(entry: StepEntry, step: int, header: Mapping[str, Any]) -> No
         raise JournalError(f"{num_groups} groups, the header has {expected}")
     if has_older_rules(header) and (entry.counts is not None or entry.unused):
         raise JournalError(f"counts and unused are not members of version {header['journal']}")
+    if header["journal"] < ANCHOR_VERSION and any(group.anchor for group in entry.update.groups):
+        raise JournalError(f"an anchor is no member of version {header['journal']}: the run began without one")
     if entry.unused:
         whole(entry.unused[-1][1], 0, len(header["table"]) - 1, "unused")
 

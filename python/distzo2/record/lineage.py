@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from distzo2.errors import DistZO2Error
 from distzo2.record.entry import StepEntry
 from distzo2.record.header import (
+    ANCHOR_VERSION,
     check_base,
     checksums_of,
     has_older_rules,
@@ -93,6 +94,10 @@ def branch_of(
         replace(entry, update=entry.update._replace(groups=tuple(entry.update.groups[g] for g in source)))
         for entry in contents.entries[:num_steps]
     ]
+    if has_older_rules(parent) and header["journal"] == ANCHOR_VERSION:
+        raise DistZO2Error(f"{path}: an anchor in a branch of a journal of version {parent['journal']} is not possible")
+    if parent["journal"] == ANCHOR_VERSION:  # the steps taken over may have anchors
+        header = {**header, "journal": ANCHOR_VERSION}
     header = with_older_rules(header) if has_older_rules(parent) else header
     purposes = {**parent["purposes"], **header["purposes"]}
     return {**header, "purposes": purposes, "parents": [*parents_of(parent), record]}, entries

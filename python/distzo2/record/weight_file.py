@@ -374,7 +374,7 @@ class Copier:
         """`block_of` maps the index of each unit that is copied to its block."""
         self._options, self._file, self._block_of, self._journal = options, file, dict(block_of), journal
         self.weights = weights
-        num_bytes = max(weights.units[index].num_bytes for index in block_of)
+        num_bytes = max(weights.units[index].stored_bytes for index in block_of)
         self._stream: Any = None
         if weights.device.type == "cpu":
             self._staging = aligned_buffer(num_bytes)
@@ -407,7 +407,7 @@ class Copier:
         if not self._is_free():
             return None
         start, stream = time.perf_counter(), self._stream
-        staging = self._staging[: unit.num_bytes]
+        staging = self._staging[: buffer.numel()]
         if stream is None:
             staging.copy_(buffer)
         else:
@@ -418,7 +418,7 @@ class Copier:
                 self._ended.record(stream)
         self._wanted.discard(unit.index)
         self._account -= time.perf_counter() - start
-        file, journal, block, num_bytes = self._file, self._journal, self._block_of[unit.index], unit.num_bytes
+        file, journal, block, num_bytes = self._file, self._journal, self._block_of[unit.index], buffer.numel()
         events = None if stream is None else (self._begun, self._ended)
 
         def write() -> float:

@@ -44,7 +44,7 @@ from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
 
 _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
-    "lr", "eps", "weight_decay", "noise", "seed",
+    "lr", "eps", "weight_decay", "anchor", "noise", "seed",
     "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every", "momentum", "momentum_window",
     "clip_percentile", "probe_batches",
 )  # fmt: skip

@@ -305,6 +305,10 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     batch_size: Count = option(16, "examples a step")
     micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
     weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
+    anchor: PositiveOrZero = option(
+        0.0,
+        "pull towards the weights at the start, times --lr, a step; a second copy of what is trained is kept for it",
+    )
     schedule: Schedule = option(
         "constant", "of the learning rate, down to 0 at --steps; wsd: in the last of them alone, as --decay says"
     )
@@ -405,6 +409,9 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
             raise UsageError(
                 f"--momentum-window {self.momentum_window} is longer than the run, of --steps {self.steps}"
             )
+        if self.anchor and not self.adapts and (self.tune == "gain" or self.store in ("affine8", "affine16")):
+            what = "--tune gain" if self.tune == "gain" else f"--store {self.store}"
+            raise UsageError(f"--anchor with {what}: gains and codes are not pulled to the start; --weight-decay pulls")
         if self.lr == "auto" and self.estimator != "fzoo":
             raise UsageError(f"--lr auto: its rule is for --estimator fzoo, not for {self.estimator}")
         if self.warmup > self.steps:
@@ -450,7 +457,7 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
 TRAINED = tuple(f.name for f in fields(Trained))
 FIXED = ("seed", "batch_size", "micro_batches", "probe_batches", "noise", "dtype", "store", "compute_dtype", "tf32",
          "objective", "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train",
-         "num_dev", "es_shape", "es_one_sided", "momentum", "momentum_window", *TRAINED)  # fmt: skip
+         "num_dev", "es_shape", "es_one_sided", "momentum", "momentum_window", "anchor", *TRAINED)  # fmt: skip
 OF_REWARDS = ("reward", "max_new_tokens", "stop", "temperature", "top_k")  # with --objective reward these too
 KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 

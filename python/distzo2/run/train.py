@@ -170,7 +170,8 @@ def _finetune(
         is_open = options.compute_dtype == "auto" and not (options.resume or options.no_signal or rewarded)
         widest = REFERENCE if is_open else compute_dtype
         copies = {"num_ranks": _ranks_here(), "num_copies": _copies_here(options.weights)}
-        check_memory(size, device, options.weights, options.host_memory, compute_dtype=widest, **copies)
+        held = replace(size, total=2 * size.total) if options.anchor and not freezes_base(options) else size
+        check_memory(held, device, options.weights, options.host_memory, compute_dtype=widest, **copies)
         made_of = {
             "train_sha256": data_sha256,
             "examples_sha256": questions_digest(train) if rewarded else examples_digest(train),
@@ -198,7 +199,7 @@ def _finetune(
                     _take_over(options, log, run, settings, made_of)
                 if run.resumes:
                     run.remove_leftovers()  # they take the room that this run's will
-                _check_room(options, size, run)
+                _check_room(options, held, run)
                 if not options.resume:  # if this process is killed before the journal is there, --resume begins again
                     run.update(options=settings, **made_of, **terms, status="starting", launch=launch_id())
         with together(mesh, "loading the model"):
@@ -210,6 +211,7 @@ def _finetune(
                 train=options.train_mode,
                 prepare=lambda *held: _prepared(options, source, config, start, *held),
                 widen=terms["widen"] and widens(options),
+                keep_start=terms["keep_start"],
             )
         with closing(runtime_of(model)):
             if source is config and config is not None and config.is_prompt_learning:  # a new one
@@ -330,7 +332,8 @@ def _prepared(
 def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> dict[str, Any]:
     """Whether the run continues what is in --out ("resume"), as asked or because torchrun restarted these ranks; the
     time that its chat template sees ("clock"); whether it began before examples had a hash ("legacy"); whether small
-    parts are stored in float32 ("widen"), as in its parent; what it computes in, which was settled when it began."""
+    parts are stored in float32 ("widen"), as in its parent; whether the weights at the start are kept ("keep_start"),
+    which steps of a parent may need; what it computes in, which was settled when it began."""
     restarted = restarts() > 0 and run.is_of_launch(launch_id())
     continues = run.check(options.resume or restarted)
     if continues and restarted:
@@ -343,9 +346,10 @@ def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str],
     lr = before["options"]["lr"] if continues and options.lr == "auto" else options.lr
     clock = before.get("clock") or datetime.now().isoformat()
     parent = read_record(Path(options.branch_from)) if options.branch_from else {"widen": True}
-    widen = (before if continues else parent).get("widen", False)
+    earlier = before if continues else parent
+    widen, keep_start = earlier.get("widen", False), options.anchor > 0 or earlier.get("keep_start", False)
     settled = {"resume": continues, "compute_dtype": compute_dtype, "lr": lr}
-    return settled | {"clock": clock, "legacy": legacy, "widen": widen}
+    return settled | {"clock": clock, "legacy": legacy, "widen": widen, "keep_start": keep_start}
 
 
 def _ranks_here() -> int:

@@ -49,6 +49,7 @@ def offload(
     train: bool = False,
     stored: StoredBy | None = None,
     widen: bool = False,
+    keep_start: bool = False,
 ) -> nn.Module:
     """Hands over a model's weights, which stream through `device` unit by unit from then on.
 
@@ -91,6 +92,8 @@ def offload(
             they have it stays on the device. `distzo2.from_pretrained` gives it.
         widen: store in float32 what is trained in 16 bits and is small beside a frozen block, or is a vector outside of
             blocks. Modules compute with it as they declare it; `state_dict` and checkpoints have it in float32.
+        keep_start: keep a second copy of what is trained, as it is now, behind the first one, with which it streams:
+            `ZOSGD(anchor=)` needs it. Weights that are replaced later are kept anew.
 
     Returns:
         The same module.
@@ -134,6 +137,7 @@ def offload(
         weight_file=weight_file,
         stored=stored,
         widen=widen,
+        keep_start=keep_start,
     )
     return model
 
@@ -219,6 +223,7 @@ def _hand_over(
     weight_file: WeightFile | None,
     stored: StoredBy | None,
     widen: bool,
+    keep_start: bool,
 ) -> StreamingRuntime:
     """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
 
@@ -229,6 +234,7 @@ def _hand_over(
     found = find_units(model, params, units, widen)
     for unit in found:
         unit.compute_in(dtypes_to_compute_in(params, compute_dtype))
+        unit.keeps_start = keep_start
     slots = slots_of_use(found, slots)
     on_disk = weights == "disk"
     if on_disk and weight_file is not None:
@@ -338,7 +344,10 @@ def _run_so_far(weight_file: WeightFile) -> RunSoFar | None:
 def _load_in_turn(weight_file: WeightFile, weights: UnitWeights, run: RunSoFar | None) -> KeptWeights:
     """Fills whole units that live in memory from the file of rank 0, which keeps it. A file is open in one process at a
     time, so that ranks read one after another; one that does not see the file fills nothing."""
-    rows = [StoredCopy.whole(unit) for unit in weights.units if unit.trainable]
+    gathered = [copy.unit for copy in weights.copies if copy.starts and weights.store_of(copy).gathers]
+    rows = [StoredCopy.whole(u) for u in weights.units if u.trainable and u not in gathered]  # whole, with the start
+    if gathered and not rows:
+        raise DistZO2Error(f"{weight_file.path}: nothing to copy: with keep_start, units in slices are left out")
     mesh, rank, kept = current(), _rank(), None
     for turn in reversed(range(1 if mesh is None else mesh.world_size)):
         with nullcontext() if mesh is None else mesh.together("reading the weight file"):

@@ -110,7 +110,8 @@ class WeightAccess:
         """Yields a unit's parameters in host memory, by name, to be filled; they become the stored copy at the end.
 
         All of them must be filled, unless `keep` is set: then they hold their up-to-date values at first (of a unit in
-        slices, those of this rank's slice). Of those that are packed the bytes are yielded.
+        slices, those of this rank's slice). Of those that are packed the bytes are yielded. What is written is the
+        start that an anchor pulls to, where that is kept.
         """
         self.weights.check_idle("writing weights")
         copy = self.weights.copies[unit.index]
@@ -119,6 +120,8 @@ class WeightAccess:
         self.weights.forget_derived()
         with self.weights.store_of(copy).open(copy, write=True, keep=keep) as buffer:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
+            if not self.weights.store_of(copy).gathers:
+                copy.take_start(buffer)
         copy.version = self.weights.version
 
     def is_replaceable(self, unit: Unit) -> bool:

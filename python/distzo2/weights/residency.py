@@ -96,17 +96,17 @@ def blocks_to_stream(
         return blocks
     if budget == "auto":
         budget = int(AUTO_SHARE * free_bytes())
-    residents = sum(u.num_bytes for u in units if u.resident)
+    residents = sum(u.stored_bytes for u in units if u.resident)
     scratch = least_bytes([u for u in units if u.trainable or u.converts])
-    if residents + scratch + sum(u.num_bytes for u in blocks) <= budget:  # no ring is needed
+    if residents + scratch + sum(u.stored_bytes for u in blocks) <= budget:  # no ring is needed
         return []
-    ring = slots * slot_bytes_of(u.num_bytes for u in blocks)
+    ring = slots * slot_bytes_of(u.stored_bytes for u in blocks)
     least = residents + scratch + ring
     if least > budget:
         raise DistZO2Error(
             f"memory_budget of {gib(budget)}: streaming needs at least {gib(least)} on {device} (resident units "
             f"{gib(residents)}, perturbed copies {gib(scratch)}, {slots} slots {gib(ring)})"
         )
-    num_staying = min((budget - least) // max(u.num_bytes for u in blocks), len(blocks) - 1)
+    num_staying = min((budget - least) // max(u.stored_bytes for u in blocks), len(blocks) - 1)
     staying = {(2 * j + 1) * len(blocks) // (2 * num_staying) for j in range(num_staying)}
     return [unit for i, unit in enumerate(blocks) if i not in staying]

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.weights.units import ALIGNMENT, ParamInfo, Unit
+from distzo2.weights.units import ParamInfo, Unit, aligned
 from distzo2_core import BlockFile, CopyEngine, HostPool, RangeFiles, aligned_buffer
 
 SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
@@ -61,7 +61,7 @@ def core_errors(function: Callable[..., T]) -> Callable[..., T]:
 @dataclass(eq=False)
 class StoredCopy:
     """What is stored here of a unit: a slice, bytes [begin, end) of its packed buffer, and behind it the scales of the
-    trained codes in the slice that lie elsewhere in the buffer.
+    trained codes in the slice that lie elsewhere in the buffer, and what the trained weights in it were at the start.
 
     A whole unit is a slice of one. A slice may include padding behind the unit's end.
     """
@@ -72,6 +72,7 @@ class StoredCopy:
     version: int = 0  # how many updates the bytes hold
     block: int = -1  # its number among the copies that stream; -1: it does not stream
     is_fixed: bool = False  # its bytes are those of a checkpoint's own files, which are only read
+    is_gathered: bool = False  # from slices, without what lies behind them
 
     @classmethod
     def whole(cls, unit: Unit, version: int = 0) -> StoredCopy:
@@ -94,10 +95,33 @@ class StoredCopy:
         return places
 
     @cached_property
+    def starts(self) -> list[tuple[range, int]]:
+        """Which bytes of the copy are trained weights, where it keeps their start, and at which byte that begins."""
+        last, at = self.places[-1]
+        end, starts = aligned(at + len(last)), []
+        for param in self.unit.params if self.unit.keeps_start and not self.is_gathered else ():
+            part = param.bytes_in(range(self.begin, self.end))
+            if part and param.has_start:
+                first = param.byte_offset + part.start - self.begin
+                starts.append((range(first, first + len(part)), end))
+                end += aligned(len(part))
+        return starts
+
+    @cached_property
     def num_bytes(self) -> int:
         """Of all that is stored, a multiple of `ALIGNMENT`."""
-        last, at = self.places[-1]
-        return -(-(at + len(last)) // ALIGNMENT) * ALIGNMENT
+        last, at = (self.places + self.starts)[-1]
+        return aligned(at + len(last))
+
+    @property
+    def num_kept(self) -> int:
+        """How many of the bytes, at the end, no update changes, since they are of the start."""
+        return self.num_bytes - self.starts[0][1] if self.starts else 0
+
+    def take_start(self, buffer: torch.Tensor) -> None:
+        """Makes the weights in a buffer of the copy those at the start."""
+        for place, at in self.starts:
+            buffer[at : at + len(place)].copy_(buffer[place.start : place.stop])
 
     def elements_of(self, param: ParamInfo) -> range:
         """Returns which elements of one of the unit's parameters are in the slice; which bytes, where it is packed and
@@ -118,6 +142,10 @@ class StoredCopy:
         """Returns at which byte of the copy the scales of a parameter's codes in the slice begin."""
         first = param.scales_of(self.elements_of(param)).start
         return next(at + first - place.start for place, at in reversed(self.places) if first in place)
+
+    def start_offset(self, byte: int) -> int:
+        """Returns at which byte the start of the trained weights lies that begin at `byte` of the copy; 0: nowhere."""
+        return next((at for place, at in self.starts if place.start == byte), 0)
 
 
 class Store:
@@ -263,6 +291,8 @@ class StreamingStore(Store):
         addresses = [slot.data_ptr() for slot in self._slots]
         source = storage if fixed is None else (storage, fixed)
         self.engine = engine = CopyEngine(str(device), source, addresses, self.slot_bytes, stream=self._stream())
+        if self.in_host_memory and any(c.starts for c in copies):
+            engine.set_tails([c.num_kept for c in copies])
         self.set_durable, self.fail, self.flush = engine.set_durable, engine.fail, core_errors(engine.flush)
         self.reset_stats, self.trace, self.events = engine.reset_stats, engine.trace, engine.events
         stats = self.stats()

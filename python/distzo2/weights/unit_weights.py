@@ -21,9 +21,9 @@ from distzo2.text import dtype_name
 from distzo2.weights.scratch import Scratch
 from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.timeline import Timeline
-from distzo2.weights.units import TRAINABLE_DTYPES, Unit
+from distzo2.weights.units import TRAINABLE_DTYPES, ParamInfo, Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
-from distzo2_core import SegmentTable, Update, decode, materialize
+from distzo2_core import GroupScalars, SegmentTable, Update, decode, materialize
 from distzo2_core.ops import materialize_again
 
 CLEAN_KEY = ()  # of a copy that no update and no perturbation changes
@@ -94,6 +94,7 @@ class UnitWeights:
         self._visited: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._reach: dict[int, _Reach] = {}  # by unit
         self._decoded: set[int] = set()  # units whose packed weights are known to be finite
+        self._unanchored: dict[int | None, ParamInfo] = {}  # by group, a parameter whose start is not kept
         streamed = [c.unit for c in copies if c.streams]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
@@ -105,8 +106,12 @@ class UnitWeights:
         """Makes `owner` the optimizer whose updates follow, as in `Updates.bind`. Earlier updates are applied first."""
         self.flush()
         self._assume_current()
+        if self.version and self.owner is not owner:  # its run starts here
+            self._take_starts()
         self._owner = weakref.ref(owner)
         self.updates.bind(group_of, num_groups, seed)
+        unanchored = (p for u in self.units for p in u.params if not (u.keeps_start and p.has_start))
+        self._unanchored = {self.updates.group_of.get(p.index): p for p in unanchored}
         self._forget_caches()
         self._unused = (), frozenset()
         self._scratch.forget()
@@ -145,11 +150,24 @@ class UnitWeights:
         """Adds an update, which leaves parameters of the ranges `unused` as they are.
 
         Raises:
-            DistZO2Error: they are a part of what the update reaches in a unit.
+            DistZO2Error: they are a part of what the update reaches in a unit; or as `check_anchors`.
         """
+        self.check_anchors(update.groups)
         if unused != self._unused[0]:
             self._unused = unused, self._units_of(update.step, unused)
         self.updates.push(update, self._unused[1])
+
+    def check_anchors(self, groups: Sequence[GroupScalars]) -> None:
+        """
+        Raises:
+            DistZO2Error: a group has an anchor, and a parameter in it no start that is kept.
+        """
+        for number, group in enumerate(groups):
+            if group.anchor and (param := self._unanchored.get(number)) is not None:
+                why = f"{param.name} is {'of gains' if param.is_gain else 'stored as codes'}, which no anchor pulls"
+                if param.has_start:
+                    why = "hand the model over with keep_start=True, which keeps a copy of the weights at the start"
+                raise DistZO2Error(f"anchor of parameter group {number} is {group.anchor:g}: {why}")
 
     def _units_of(self, step: int, unused: Sequence[Sequence[int]]) -> frozenset[int]:
         indices = {index for first, last in unused for index in range(first, last + 1)}
@@ -206,7 +224,9 @@ class UnitWeights:
     def _held_copy(self, unit: Unit) -> StoredCopy:
         """What the unit's buffer holds when it is present."""
         copy = self.copies[unit.index]
-        return StoredCopy.whole(unit, self.version) if self.store_of(copy).gathers else copy
+        if not self.store_of(copy).gathers:
+            return copy
+        return StoredCopy(unit, 0, unit.num_bytes, self.version, is_gathered=True)
 
     def _prefetch_after(self, unit: Unit) -> None:
         """Starts to bring the units that followed this one last time, across the end of the step too."""
@@ -417,7 +437,7 @@ class UnitWeights:
         if known is not None:
             materialize_again(stored, table, self.updates.seed, program, known, write_back)
         else:
-            known = [out[: copy.unit.seen_bytes if for_modules else copy.num_bytes] for out in outs]
+            known = [out[: copy.unit.seen_bytes if for_modules else copy.end - copy.begin] for out in outs]
             materialize(stored, table, seed=self.updates.seed, program=program, outs=known, write_back=write_back)
             if len(self._visited) >= MAX_VISITED:
                 self._visited.clear()
@@ -458,7 +478,7 @@ class UnitWeights:
             out.copy_(stored[: out.numel()])
             return changed and not stays
         if not misses or not all(p.index in self.updates.group_of for p in copy.unit.params):
-            out.copy_(stored)
+            out.copy_(stored[: out.numel()])
         return misses and self._catch_up(copy, stored, [CLEAN], [out])
 
     def flush(self) -> None:
@@ -496,7 +516,15 @@ class UnitWeights:
         self.updates.restart()
         self._assume_current()
         self.forget_derived()
+        self._take_starts()
         self.epoch += 1
+
+    def _take_starts(self) -> None:
+        """Makes the weights, of which every copy holds the current ones, those at the start."""
+        for copy in self.copies:
+            if copy.starts:
+                with self.store_of(copy).source.open(copy, write=True) as stored:
+                    copy.take_start(stored)
 
     def _assume_current(self) -> None:
         """Every copy counts as one of the current version: it misses nothing, or no update has reached it."""
@@ -518,8 +546,8 @@ class UnitWeights:
             "compute_s": total_ns["compute"] * 1e-9,
             "noise_s": (total_ns["materialize"] + total_ns["decode"]) * 1e-9,
             "exposed_wait_s": total_ns["wait"] * 1e-9,
-            "resident_bytes": sum(c.unit.num_bytes for c in self.copies if not c.streams),
-            "streamed_bytes": sum(c.unit.num_bytes for c in self.copies if c.streams),
+            "resident_bytes": sum(c.unit.stored_bytes for c in self.copies if not c.streams),
+            "streamed_bytes": sum(c.unit.stored_bytes for c in self.copies if c.streams),
             "slot_bytes": self.ring.slot_bytes * self.ring.num_slots,
             "scratch_bytes": self._scratch.num_bytes,
         }

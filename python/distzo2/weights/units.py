@@ -120,6 +120,11 @@ class ParamInfo:
         return self.trainable and self.layout is not None
 
     @property
+    def has_start(self) -> bool:
+        """Whether an anchor can pull it to what it was at the start: it is trained, and no codes or gains."""
+        return self.trainable and self.layout is None and not self.is_gain
+
+    @property
     def num_bytes(self) -> int:
         return self.numel * self.dtype.itemsize if self.layout is None else self.stored.num_bytes
 
@@ -149,13 +154,14 @@ class ParamInfo:
         start = self.byte_offset + scale.offset
         return range(*(start + 4 * (element // scale.cols) for element in (part.start, part.stop)))
 
-    def segment(self, byte_offset: int, part: range, group: int, scale_offset: int) -> Segment:
-        """Elements `part` in a buffer that holds them from `byte_offset` on, and scales of codes from `scale_offset`
-        on."""
+    def segment(self, byte_offset: int, part: range, group: int, scale_offset: int, start_offset: int = 0) -> Segment:
+        """Elements `part` in a buffer that holds them from `byte_offset` on, scales of codes from `scale_offset` on,
+        and the weights at the start, where it does, from `start_offset` on."""
         dtype, each = (self.stored.code_dtype, self.layout.scale.cols) if self.is_coded else (self.dtype, 0)
         rows, cols, matrices = self.matrix_shape
         segment = Segment(byte_offset, len(part), dtype, self.index, part.start, group, rows, cols, matrices=matrices)
-        return segment._replace(scale_offset=scale_offset, scale_group=each, nonnegative=self.is_gain)
+        more = {"scale_offset": scale_offset, "scale_group": each, "start_offset": start_offset}
+        return segment._replace(**more, nonnegative=self.is_gain)
 
     def value(
         self, view: torch.Tensor, dtype: torch.dtype | None = None, gains: torch.Tensor | None = None
@@ -190,12 +196,13 @@ class Unit:
     num_bytes: int = 0  # of the packed buffer, padding included
     seen_bytes: int = 0  # of a copy in the dtypes that modules compute with
     converts: bool = False  # those are not all as stored: modules see copies, perturbed or not
+    keeps_start: bool = False  # behind what is stored of it lies what that was at the start, as far as it is trained
 
     def __post_init__(self) -> None:
         offset = 0
         for param in self.params:
             param.byte_offset = offset
-            offset += _aligned(param.num_bytes)
+            offset += aligned(param.num_bytes)
         self.num_bytes = max(offset, ALIGNMENT)
         self.compute_in({})
 
@@ -206,7 +213,7 @@ class Unit:
             declared = param.narrow or param.declared
             param.seen = declared if param.is_gain else dtypes.get(declared, declared)
             param.seen_offset = offset
-            offset += _aligned(param.numel * param.seen.itemsize)
+            offset += aligned(param.numel * param.seen.itemsize)
         self.seen_bytes = max(offset, ALIGNMENT)
         # Gains are read where copies have them, so that clean ones are copied too.
         self.converts = any(p.seen != p.dtype or p.layout is not None or p.is_gain for p in self.params)
@@ -242,6 +249,16 @@ class Unit:
         return sum(len(p.scales_of(range(p.numel))) for p in self.params if p.is_coded)
 
     @property
+    def start_bytes(self) -> int:
+        """Of the weights at the start, which all copies of the unit together keep in addition."""
+        return sum(aligned(p.num_bytes) for p in self.params if p.has_start) if self.keeps_start else 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of a copy of the whole unit, with the weights at the start."""
+        return self.num_bytes + self.start_bytes
+
+    @property
     def trainable(self) -> bool:
         return any(p.trainable for p in self.params)
 
@@ -260,7 +277,8 @@ class Unit:
         return [_view(buffer, p.seen_offset, p.seen, p) for p in self.params]
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """Returns a number of bytes, rounded up to a multiple of `ALIGNMENT`."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 

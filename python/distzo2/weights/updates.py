@@ -54,7 +54,7 @@ class Updates:
         self.excluded: dict[int, frozenset[int]] = {}  # empty in the steady state of most models
         self.group_of: dict[int, int] = {}
         self.perturb_scales: tuple[float, ...] = ()
-        self._tables: dict[tuple[int, int, int, bool], SegmentTable | None] = {}
+        self._tables: dict[tuple[int, int, int, bool, bool], SegmentTable | None] = {}
         self._programs: dict[tuple, Program] = {}
 
     def bind(self, group_of: Mapping[int, int], num_groups: int, seed: int) -> None:
@@ -122,7 +122,7 @@ class Updates:
     def table(self, copy: StoredCopy, for_modules: bool = False) -> SegmentTable | None:
         """Returns the segments of the copy that updates and perturbations reach; None if there are none. `for_modules`:
         all that are converted are in it, and emitted where and as modules see them."""
-        key = copy.unit.index, copy.begin, copy.end, for_modules
+        key = copy.unit.index, copy.begin, copy.end, copy.is_gathered, for_modules
         if key not in self._tables:
             segments = []
             for p in copy.unit.params:
@@ -132,7 +132,7 @@ class Updates:
                     continue
                 offset = p.byte_offset + part.start * p.stored_itemsize - copy.begin
                 scales = copy.scale_offset(p) if p.is_coded else 0
-                segment = p.segment(offset, part, -1 if group is None else group, scales)
+                segment = p.segment(offset, part, -1 if group is None else group, scales, copy.start_offset(offset))
                 if for_modules or copy.unit.is_encoded:
                     segment = segment._replace(out_offset=p.seen_offset, out_dtype=p.seen)
                 segments.append(segment)

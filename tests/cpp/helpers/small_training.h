@@ -94,7 +94,7 @@ struct Program {
             terms.push_back({t % 3 == 0 ? kRademacher : kNormal, t, 0, 0});
             coefs.push_back(coefs_of_steps[static_cast<size_t>(t)]);
             updates.push_back({t, static_cast<int64_t>(updates.size()), 1});
-            groups.push_back({2e-3f, 1e-4f, 1.0f, 1.0f});
+            groups.push_back({2e-3f, 1e-4f, 0.0f, 1.0f});
         }
         for (int sign = 0; emits_too && sign < 2; ++sign) {
             emits.push_back({static_cast<int64_t>(terms.size()), 1});

@@ -35,7 +35,7 @@ struct EveryValue {
     void add_update(int64_t step, float share) {
         std::vector<UpdateGroup> groups;
         for (float spacing : spacings)
-            groups.push_back({1.0f, 0.0f, 1.0f, spacing});
+            groups.push_back({1.0f, 0.0f, 0.0f, spacing});
         visit.add_term(1, step, 0, share);
         visit.add_update(step, 1, groups);
     }
@@ -145,7 +145,7 @@ void special_values(Check check) {
                     visit.add_segment(dtype, 25 * kNum, 1, 0, 0);
                     visit.fill([&](const Segment&, int64_t i) { return bits_float(specials[i % kNum]); });
                     visit.add_term(0, 1, 0, 2.0f);
-                    visit.add_update(1, 1, {{lr, decay, 1.0f, 1.0f}});
+                    visit.add_update(1, 1, {{lr, decay, 0.0f, 1.0f}});
                     for (float scale : scales) {
                         visit.add_term(0, 2, 0, scale);
                         visit.add_emit(1, {1.0f});
@@ -166,9 +166,9 @@ void identity_updates(Check check) {
         for (uint8_t& byte : visit.weights)
             byte = static_cast<uint8_t>(random.next());
         visit.add_term(0, 1, 0, 3.0f);
-        visit.add_update(1, 1, {{0.0f, 0.1f, 1.0f, 1.0f}, {0.5f, 0.0f, 1.0f, 0.0f}}); // lr 0; scale 0 and no decay
+        visit.add_update(1, 1, {{0.0f, 0.1f, 0.0f, 1.0f}, {0.5f, 0.0f, 0.0f, 0.0f}}); // lr 0; scale 0 and no decay
         visit.add_term(0, 2, 0, 0.0f);
-        visit.add_update(2, 1, {{1.0f, 0.0f, 1.0f, 1.0f}, {1.0f, 0.0f, 1.0f, 1.0f}});
+        visit.add_update(2, 1, {{1.0f, 0.0f, 0.0f, 1.0f}, {1.0f, 0.0f, 0.0f, 1.0f}});
         Visit expected = visit;
         expected.run_oracle();
         CHECK(expected.weights == visit.weights);
@@ -214,7 +214,7 @@ void in_place_ops(Perturb perturb, Step update) {
             visit.run_oracle();
             CHECK(perturbed == visit.outs[0]);
             visit.add_term(family, 8, 2, 3.0f);
-            visit.add_update(8, 1, {{1e-2f, 0.1f, 1.0f, 1.0f}});
+            visit.add_update(8, 1, {{1e-2f, 0.1f, 0.0f, 1.0f}});
             visit.run_oracle();
             CHECK(updated == visit.weights);
         }
@@ -270,7 +270,8 @@ inline Visit cut(const Visit& whole, Random& random) {
             const int64_t each = segment.scale_group;
             if (each > 0)
                 wanted = (wanted + each - 1) / each * each;
-            part.scale_offset += each > 0 ? 4 * (begin / each) : 0;
+            const int64_t of_start = part.scale_offset > 0 ? begin * dtype_bytes(static_cast<DType>(part.dtype)) : 0;
+            part.scale_offset += each > 0 ? 4 * (begin / each) : of_start;
             part.byte_offset += begin * dtype_bytes(static_cast<DType>(segment.dtype));
             part.out_offset += begin * dtype_bytes(static_cast<DType>(segment.out_dtype));
             part.element_offset += begin;
@@ -291,7 +292,7 @@ void many_terms(int64_t num_terms, Check check) {
         Random random{2};
         for (int64_t j = 0; j < num_terms; ++j)
             visit.add_term(j % 2, j / 4, j % 4, j % 11 == 0 ? 0.0f : random.uniform(-0.1f, 0.1f));
-        visit.add_update(700, num_terms, {{1e-3f, 0.01f, 1.0f, 1.0f}});
+        visit.add_update(700, num_terms, {{1e-3f, 0.01f, 0.0f, 1.0f}});
         for (int64_t j = 0; j < num_terms; ++j)
             visit.add_term(j % 2, 2000 + j / 4, j % 4, j % 13 == 0 ? 0.0f : random.uniform(-1e-4f, 1e-4f));
         visit.add_emit(num_terms, {1.0f});
@@ -314,7 +315,7 @@ void many_updates(int64_t num_updates, Check check) {
             for (int64_t j = 0; j < num_terms; ++j)
                 visit.add_term(j % 2, step, j, random.uniform(-1, 1));
             const float lr = step % 5 == 0 ? 0.0f : 1e-3f; // the identity for group 0 of some steps
-            visit.add_update(step, num_terms, {{lr, 0.0f, 1.0f, 1.0f}, {1e-3f, 0.01f, 1.0f, 0.5f}});
+            visit.add_update(step, num_terms, {{lr, 0.0f, 0.0f, 1.0f}, {1e-3f, 0.01f, 0.0f, 0.5f}});
         }
         visit.add_term(0, num_updates, 0, 1e-3f);
         visit.add_emit(1, {1.0f, 1.0f});

@@ -78,6 +78,15 @@ struct Visit {
             std::memcpy(weights.data() + at + 4 * i, &scale, 4);
         }
     }
+    // w0 of the last segment, of a dtype, behind the others.
+    void add_start(int64_t gap, Random& random) {
+        Segment start = segments.back();
+        start.byte_offset = static_cast<int64_t>(weights.size()) + gap;
+        segments.back().scale_offset = start.byte_offset;
+        weights.resize(weights.size() + static_cast<size_t>(gap + start.numel * dtype_bytes(DType(start.dtype))));
+        for (int64_t i = 0; i < start.numel; ++i)
+            store(weights, start, i, random.uniform(-0.05f, 0.05f));
+    }
     // Emits go to other places, in dtype_of(segment); `gap` gives the bytes of padding before each. To be called before
     // emits are added.
     template <class DTypeOf, class Gap>
@@ -222,8 +231,14 @@ struct Visit {
                 bool changed = false;
                 for (size_t u = 0; u < updates.size() && segment.group != kNoGroup; ++u) {
                     const UpdateGroup& group = update_groups[u * static_cast<size_t>(num_groups) + segment.group];
+                    const bool anchored = group.anchor != 0 && limit == 0;
                     bool any = false;
                     float a = group.weight_decay == 0 ? 0.0f : group.weight_decay * (w * scale);
+                    if (anchored) {
+                        Segment start = segment;
+                        start.byte_offset = segment.scale_offset;
+                        a = fma_rn(group.anchor, w - load(weights, start, i), a);
+                    }
                     for (int64_t j = updates[u].first_term; j < updates[u].first_term + updates[u].num_terms; ++j) {
                         const float k = coefs[j] * group.update_scale;
                         if (k == 0)
@@ -231,7 +246,7 @@ struct Visit {
                         any = true;
                         a = fma_rn(k, noise(terms[j], segment, element), a);
                     }
-                    if (group.lr == 0 || (group.weight_decay == 0 && !any))
+                    if (group.lr == 0 || (group.weight_decay == 0 && !anchored && !any))
                         continue;
                     changed = true;
                     const Draw draw = make_draw(Purpose::kRounding, static_cast<uint32_t>(segment.param),
@@ -271,7 +286,7 @@ struct Visit {
 };
 
 inline const DType kDTypes[] = {DType::kFp32, DType::kBf16, DType::kFp16};
-constexpr UpdateGroup kPlain{1e-3f, 0.0f, 1.0f, 1.0f};
+constexpr UpdateGroup kPlain{1e-3f, 0.0f, 0.0f, 1.0f};
 
 // Several groups, mixed dtypes, odd places, zero coefficients and rates, what is frozen, emits in pairs of both signs,
 // every second time, and with stored formats, in other dtypes and at other places.
@@ -281,7 +296,7 @@ inline Visit random_visit(Random& random) {
     visit.num_groups = 1 + random.below(3);
     visit.write_back = random.below(4) != 0;
     const bool stored = random.below(2) == 0; // formats that are no dtypes
-    const bool low_rank = random.below(2) == 0;
+    const bool low_rank = random.below(2) == 0, anchored = random.below(2) == 0;
     for (int64_t s = random.below(5); s >= 0; --s) {
         const DType dtype = stored ? static_cast<DType>(random.below(6)) : kDTypes[random.below(3)];
         const int64_t numel = random.below(1500), param = random.below(1ll << 32);
@@ -291,6 +306,8 @@ inline Visit random_visit(Random& random) {
             visit.add_codes(dtype, numel, param, offset, group, 32ll << random.below(4), random);
         else
             visit.add_segment(dtype, numel, param, offset, group, random.below(9));
+        if (anchored && !is_code(dtype))
+            visit.add_start(random.below(5) * dtype_bytes(dtype), random);
         constexpr int64_t kCols[] = {0, 1, 3, 100, 128, 600, 1024};
         visit.segments.back().rows = 1 + random.below(40);
         visit.segments.back().cols = kCols[random.below(7)];
@@ -313,7 +330,8 @@ inline Visit random_visit(Random& random) {
         for (int64_t g = 0; g < visit.num_groups; ++g) {
             const float lr = random.below(5) == 0 ? 0.0f : random.uniform(-1e-2f, 1e-2f);
             const float decay = random.below(2) == 0 ? 0.0f : 0.1f;
-            groups.push_back({lr, decay, 1.0f, random.below(5) == 0 ? 0.0f : 1.5f});
+            const float anchor = anchored && random.below(4) != 0 ? 0.3f : 0.0f;
+            groups.push_back({lr, decay, anchor, random.below(5) == 0 ? 0.0f : 1.5f});
         }
         visit.add_update(random.below(1ll << 32), num_terms, groups);
     }

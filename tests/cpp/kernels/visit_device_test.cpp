@@ -38,7 +38,9 @@ void check_visit(const Visit& visit, int num_sms, const char* what) {
         std::vector<uint8_t*> pointers;
         VisitTables tables;
         build_tables(actual.view(pointers), num_sms, tables);
-        if (tables.shape.low_rank && tables.shape.mixed)
+        if (tables.shape.anchored)
+            run_grid<Coded<AnchoredProgram>>(tables);
+        else if (tables.shape.low_rank && tables.shape.mixed)
             run_grid<Coded<LowRankProgram>>(tables);
         else if (tables.shape.low_rank)
             run_grid<LowRankProgram>(tables);
@@ -108,7 +110,7 @@ TEST(simple_programs) {
                         visit.emit_as([out](const Segment&) { return kDTypes[out]; }, [&num] { return ++num % 3 * 4; });
                     for (int u = 0; u < num_updates; ++u) {
                         visit.add_term(family, 4, 0, 0.5f);
-                        visit.add_update(4, 1, {{1e-2f, 0.1f, 1.0f, 1.0f}, {1e-2f, 0.0f, 1.0f, zero}});
+                        visit.add_update(4, 1, {{1e-2f, 0.1f, 0.0f, 1.0f}, {1e-2f, 0.0f, 0.0f, zero}});
                     }
                     for (int e = 0; e < num_emits; ++e) {
                         visit.add_term(family, 5, 0, e == 0 ? 1e-3f : -1e-3f);

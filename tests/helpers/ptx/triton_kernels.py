@@ -52,10 +52,18 @@ def variants() -> list[tuple[str, dict[str, int]]]:
     for (codes, moved), (back, emits) in itertools.product(stored, PROGRAMS):
         if moved == (emits > 0) if max(codes) > 2 else emits or not moved:
             constants = {"CODE": codes[0], "OUT_CODE": codes[1], "MOVED": moved, "WRITE_BACK": back}
-            more = {"NUM_EMITS": emits, "LOW_RANK": False, "TILE": TILE}
+            more = {"NUM_EMITS": emits, "LOW_RANK": False, "ANCHORED": False, "TILE": TILE}
             found.append(("materialize_kernel", constants | more))
-    # Of low rank some in bfloat16: Triton's interpreter runs all of them (tests/core).
-    same_place = {"CODE": 1, "OUT_CODE": 1, "MOVED": False, "NUM_EMITS": 2, "LOW_RANK": True, "TILE": TILE}
+    # Of low rank some in bfloat16: Triton's interpreter runs all of them, and anchors (tests/core).
+    same_place = {
+        "CODE": 1,
+        "OUT_CODE": 1,
+        "MOVED": False,
+        "NUM_EMITS": 2,
+        "LOW_RANK": True,
+        "TILE": TILE,
+        "ANCHORED": False,
+    }
     found += [("materialize_kernel", same_place | {"WRITE_BACK": back}) for back in (False, True)]
     for family in LOW_RANK:
         constants = {"FAMILY": FAMILIES[family], "CODE": 1, "TILE": TILE}
