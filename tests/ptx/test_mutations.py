@@ -29,9 +29,9 @@ MIXED = r"visit_kernelINS_5MixedINS_13SimpleProgramILi1ELi2ELNS_7PurposeE0EEEEEN
 CODED = r"visit_kernelINS_5CodedINS_10AnyProgramEEENS0_12InlineTables"
 DECODE = r"decode_kernelILNS_5DTypeE1E"
 DECODED_Q4_0 = r"decode_kernel CODES=0 .*OUT_CODE=1"
-SHUFFLED = r"materialize_kernel CODE=1 LOW_RANK=0 MOVED=0 NUM_EMITS=2 .*BACK=1"
-MOVED = r"materialize_kernel CODE=1 LOW_RANK=0 MOVED=1 NUM_EMITS=2 OUT_CODE=0 .*BACK=1"
-CODES_16 = r"materialize_kernel CODE=4 LOW_RANK=0 MOVED=1 NUM_EMITS=2 OUT_CODE=1 .*BACK=1"
+SHUFFLED = r"materialize_kernel ANCHORED=0 CODE=1 LOW_RANK=0 MOVED=0 NUM_EMITS=2 .*BACK=1"
+MOVED = r"materialize_kernel ANCHORED=0 CODE=1 LOW_RANK=0 MOVED=1 NUM_EMITS=2 OUT_CODE=0 .*BACK=1"
+CODES_16 = r"materialize_kernel ANCHORED=0 CODE=4 LOW_RANK=0 MOVED=1 NUM_EMITS=2 OUT_CODE=1 .*BACK=1"
 # What is changed: the kernel, a pattern of its text, what takes its place, and which of the matches it is.
 CUDA = {
     "a multiplier of Philox": (GENERATE, r"-845247145", "-845247143", 0),
