@@ -411,7 +411,7 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
             )
         if self.anchor and not self.adapts and (self.tune == "gain" or self.store in ("affine8", "affine16")):
             what = "--tune gain" if self.tune == "gain" else f"--store {self.store}"
-            raise UsageError(f"--anchor with {what}: gains and codes are not pulled to the start; --weight-decay pulls")
+            raise UsageError(f"--anchor with {what}: gains and codes keep no start; --weight-decay pulls to 0")
         if self.lr == "auto" and self.estimator != "fzoo":
             raise UsageError(f"--lr auto: its rule is for --estimator fzoo, not for {self.estimator}")
         if self.warmup > self.steps:
